@@ -1,0 +1,1 @@
+"""Floor 5: catalogue, claims, provenance, figures, runner and the `p2k` command."""

@@ -1,0 +1,1 @@
+"""Floor 3: generators first, checksummed downloads second."""

@@ -1,0 +1,1 @@
+"""Floor 2: functional losses with module twins."""

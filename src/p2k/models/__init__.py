@@ -1,0 +1,1 @@
+"""Floor 3: small assemblies of layers for the experiments."""
