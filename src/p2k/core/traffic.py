@@ -1,0 +1,62 @@
+"""Count the bytes that eager torch moves through memory, operation by operation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Operations that only describe memory differently: no byte moves.
+VIEWS = ("view", "expand", "unsqueeze", "squeeze", "alias", "detach", "t", "transpose", "permute", "slice", "select")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes read and written by a computation, and how many operations (kernel launches on a GPU) it took."""
+
+    read: int
+    written: int
+    launches: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = self.written = self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.lstrip("_").removesuffix("_") not in VIEWS:
+            self.read += _bytes(tree_leaves((args, kwargs)))
+            self.written += _bytes(tree_leaves(result))
+            self.launches += 1
+        return result
+
+
+def _bytes(leaves: list) -> int:
+    """Bytes behind the tensors; a broadcast dimension (stride 0) is stored and moved once."""
+    total = 0
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            elements = 1
+            for size, stride in zip(leaf.shape, leaf.stride(), strict=True):
+                elements *= size if stride else 1
+            total += elements * leaf.element_size()
+    return total
+
+
+def count_traffic(function: Callable[..., object], *args: object) -> Traffic:
+    """Run `function(*args)` and count what each eager operation reads and writes.
+
+    Every operand counts once per operation, as it does when tensors exceed the cache. Run a backward pass inside
+    `function` to have it counted too.
+    """
+    with _Counter() as counter, torch.enable_grad():
+        function(*args)
+    return Traffic(counter.read, counter.written, counter.launches)
