@@ -99,7 +99,7 @@ TERMS = {inject: inject_terms, rank: rank_terms}
 def assert_kernel_as_good_as_eager(stage, inputs, *, seed=9, **epsilons):
     """Forward within twice, gradients within three times the error of torch in the same dtype."""
     shape, dtype = inputs[0].shape, inputs[0].dtype
-    grad = random(*shape, seed=seed, dtype=dtype)
+    grad = random(*shape, seed=seed, dtype=dtype).to(inputs[0].device)
     truth = run(stage, leaves(inputs, wide=True), grad.double(), backend="torch", **epsilons)
     eager = run(stage, leaves(inputs), grad, backend="torch", **epsilons)
     actual = run(stage, leaves(inputs), grad, backend="triton", **epsilons)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from oqc_cases import STAGES, assert_kernel_as_good_as_eager, inject, leaves, run
 
 pytestmark = pytest.mark.gpu

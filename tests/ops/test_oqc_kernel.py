@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from oqc_cases import (
     STAGES,
     assert_kernel_as_good_as_eager,
@@ -17,9 +16,9 @@ from oqc_cases import (
     leaves,
     random,
     rank,
-    rank_inputs,
     run,
 )
+
 from p2k.core.mutation import mutated, survivors
 from p2k.core.tolerance import relative_errors, tolerance
 from p2k.ops.oqc import kernel, mutants

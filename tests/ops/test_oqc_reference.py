@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-
 from oqc_cases import STAGES, inject, inject_inputs, leaves, random, rank
+
 from p2k.core.tolerance import tolerance
 from p2k.ops import oqc
 from p2k.ops.oqc import reference

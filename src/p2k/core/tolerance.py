@@ -55,7 +55,7 @@ def assert_as_good_as(
     """Assert that `actual` errs at most `factor` times as much as `eager` of the same dtype, plus the floor.
 
     The floor is a quarter of the table's entry, one unit round-off of a half type and four of float32: on a small
-    tensor eager torch may by luck be nearly exact. Errors are taken in both norms. NaN fails.
+    tensor eager torch may by luck be nearly exact. Errors are taken in both norms. NaN and inf fail.
 
     Raises:
         AssertionError: `actual` is worse, in a message with both errors.
@@ -69,7 +69,7 @@ def assert_as_good_as(
     base = relative_errors(eager, truth, scale=scale)
     for norm, error, eager_error in zip(("frobenius", "max"), got, base, strict=True):
         bound = factor * eager_error + floor
-        if not error <= bound:
+        if not error <= bound < math.inf:
             raise AssertionError(
                 f"{name}: {norm} error {error:.2e} exceeds {bound:.2e} ({factor} x eager {eager_error:.2e} + floor)"
             )

@@ -2,9 +2,9 @@
 
 Every program walks groups of ROWS rows. A row is a few sums, then one elementwise pass. A row that fits in one tile
 stays in registers between the two; a wider one is read again, tile by tile. A pointer that is None switches its
-branch off at compile time. The forward pass saves c = <a, m> / n and 1 / n, n = <m, m> + eps, for each token; the backward
-pass recomputes the rest. No atomics: a gradient that sums over tokens is a partial sum per program and one reduction
-over programs, so two runs agree bit for bit.
+branch off at compile time. The forward pass saves c = <a, m> / n and 1 / n, n = <m, m> + eps, for each token; the
+backward pass recomputes the rest. No atomics: a gradient that sums over tokens is a partial sum per program and one
+reduction over programs, so two runs agree bit for bit.
 Letters: g upstream gradient, m main vector, a auxiliary vector after its channel gate, k gate, w channel gate.
 
 Source: wang2026oqc, eq:oqc-inject, eq:oqc-rank, eq:oqc-backward.  Chapter: oqc
@@ -90,14 +90,15 @@ def _add_partial(ptr, group, columns, width, tile):
 def inject_forward_program(
     main_ptr, aux_ptr, gate_ptr, pre_ptr, out_ptr, c_ptr, inverse_ptr,
     main_stride, aux_stride, gate_stride, tokens, width, eps,
-    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write main + k (a - c main), c and 1 / n."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    m = _tile(main_ptr, rows, main_stride, columns, tokens, width, ACC, ALIGN)
-    a = _tile(aux_ptr, rows, aux_stride, columns, tokens, width, ACC, ALIGN) * _channels(pre_ptr, columns, width, ACC)
-    mm, am = _sum(m * m), _sum(a * m)
-    for tile in range(1, TILES):
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    m, a, mm, am = zero, zero, nothing, nothing
+    for tile in range(0, TILES):
         at = tile * BLOCK + columns
         m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
         a = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC, ALIGN) * _channels(pre_ptr, at, width, ACC)
@@ -122,18 +123,17 @@ def inject_backward_program(
     grad_stride, main_stride, aux_stride, gate_stride, tokens, width,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients whose pointers are there, with tau = k <g, m> / n."""
     columns = tl.arange(0, BLOCK)
-    dpre = tl.zeros((ROWS, BLOCK), ACC)
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    dpre = zero
     for group in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         rows = (tl.zeros((ROWS,), tl.int64) + group) * ROWS + tl.arange(0, ROWS)
         c = _numbers(c_ptr, rows, 1, tokens, ACC)
         k = _numbers(gate_ptr, rows, gate_stride, tokens, ACC)
-        g = _tile(grad_ptr, rows, grad_stride, columns, tokens, width, ACC, ALIGN)
-        m = _tile(main_ptr, rows, main_stride, columns, tokens, width, ACC, ALIGN)
-        z = _tile(aux_ptr, rows, aux_stride, columns, tokens, width, ACC, ALIGN)
-        w = _channels(pre_ptr, columns, width, ACC)
-        gm, gp = _sum(g * m), _sum(g * (w * z - c * m))
-        for tile in range(1, TILES):
+        g, m, z, w = zero, zero, zero, tl.zeros((1, BLOCK), ACC)
+        gm, gp = nothing, nothing
+        for tile in range(0, TILES):
             at = tile * BLOCK + columns
             g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
             m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
@@ -169,16 +169,15 @@ def inject_backward_program(
 def rank_forward_program(
     left_ptr, right_ptr, host_ptr, weight_ptr, gate_ptr, out_ptr, c_ptr, inverse_ptr,
     left_stride, right_stride, host_stride, gate_stride, tokens, width, eps, norm_eps,
-    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write k (rho f - c u), c and 1 / n, with s = left * right, f = weight * s and rho = 1 / rms(s)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    s = _tile(left_ptr, rows, left_stride, columns, tokens, width, ACC, ALIGN)
-    s *= _tile(right_ptr, rows, right_stride, columns, tokens, width, ACC, ALIGN)
-    u = _tile(host_ptr, rows, host_stride, columns, tokens, width, ACC, ALIGN)
-    f = s * _channels(weight_ptr, columns, width, ACC)
-    ss, fu, uu = _sum(s * s), _sum(f * u), _sum(u * u)
-    for tile in range(1, TILES):
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    u, f, ss, fu, uu = zero, zero, nothing, nothing, nothing
+    for tile in range(0, TILES):
         at = tile * BLOCK + columns
         s = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
         s *= _tile(right_ptr, rows, right_stride, at, tokens, width, ACC, ALIGN)
@@ -208,20 +207,17 @@ def rank_backward_program(
     grad_stride, left_stride, right_stride, host_stride, gate_stride, tokens, width, norm_eps,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients whose pointers are there; x and y are the factors, u the host, rho = 1 / rms(x y)."""
     columns = tl.arange(0, BLOCK)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    dweight = zero
     for group in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         rows = (tl.zeros((ROWS,), tl.int64) + group) * ROWS + tl.arange(0, ROWS)
         c = _numbers(c_ptr, rows, 1, tokens, ACC)
         k = _numbers(gate_ptr, rows, gate_stride, tokens, ACC)
-        g = _tile(grad_ptr, rows, grad_stride, columns, tokens, width, ACC, ALIGN)
-        x = _tile(left_ptr, rows, left_stride, columns, tokens, width, ACC, ALIGN)
-        y = _tile(right_ptr, rows, right_stride, columns, tokens, width, ACC, ALIGN)
-        u = _tile(host_ptr, rows, host_stride, columns, tokens, width, ACC, ALIGN)
-        w = _channels(weight_ptr, columns, width, ACC)
-        ss, gu = _sum(x * y * (x * y)), _sum(g * u)
-        fg, fu = _sum(w * x * y * g), _sum(w * x * y * u)
-        for tile in range(1, TILES):
+        g, x, y, u, w = zero, zero, zero, zero, tl.zeros((1, BLOCK), ACC)
+        ss, gu, fg, fu = nothing, nothing, nothing, nothing
+        for tile in range(0, TILES):
             at = tile * BLOCK + columns
             g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
             x = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
