@@ -230,8 +230,9 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         with mixed_precision(config, feed.device):
+            # Autocast itself runs the cross-entropy in float32.
             logits = model(world.shard(images))
-        loss = F.cross_entropy(logits.float(), world.shard(labels), label_smoothing=config.label_smoothing)
+            loss = F.cross_entropy(logits, world.shard(labels), label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from p2k.core.errors import P2KError
@@ -92,7 +93,9 @@ class _Stack:
         """One step of every replica on its own batch, ``[replicas, batch, ...]``; returns each loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * factor
-        losses = vmap(self._loss, randomness="different")(self.parameters, self.buffers, images, labels)
+        # The fused attention has no batching rule; plain products have.
+        with sdpa_kernel(SDPBackend.MATH):
+            losses = vmap(self._loss, randomness="different")(self.parameters, self.buffers, images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()
         self._update()
