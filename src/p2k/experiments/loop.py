@@ -19,6 +19,7 @@ from p2k.data import ImageData, as_float
 from p2k.data.augment import normalise, random_crop, random_horizontal_flip
 from p2k.experiments.checkpoint import load_checkpoint, run_fingerprint, save_checkpoint
 from p2k.experiments.distributed import World, current_world
+from p2k.nn.matching import decay_groups
 
 
 @dataclass(frozen=True)
@@ -194,23 +195,8 @@ class Feed:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves biases, norms, gates and position tables alone."""
-    keep = undecayed(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name not in keep], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if name in keep], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
-
-
-def undecayed(model: nn.Module) -> set[str]:
-    """Names of parameters that weight decay skips: vectors, scalars, and what a module's `no_weight_decay` lists."""
-    names = {name for name, p in model.named_parameters() if p.ndim < 2}
-    for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
-    return names
+    """AdamW whose decay spares vectors, scalars and gates."""
+    return torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
