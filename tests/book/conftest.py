@@ -1,9 +1,12 @@
 """A small checkout with one chapter, cheap enough to run for real."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
 import pytest
+
+from p2k.book.provenance import Provenance, chapter_parts, digest_of
 
 CATALOGUE = """parts:
   A: "First part"
@@ -41,7 +44,7 @@ claim("test:tiny-float64", 1.0 + 1e-15, 1.0, 1e-13)
 print(profile, seeds)"""
 
 
-def write_chapter(root: Path, *, code: str = CODE) -> Path:
+def store(root: Path, *, code: str = CODE) -> Path:
     """Store a chapter that was never run."""
     cells = [
         nbformat.v4.new_markdown_cell("# Tiny\n\narXiv: 2601.00001", id="tiny-0"),
@@ -72,5 +75,26 @@ def root(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (tmp_path / "notebooks").mkdir()
-    write_chapter(tmp_path)
+    store(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def stamped(root: Path):
+    """Function that stores the chapter as if a run had made these claims, without a kernel."""
+
+    def stamp(labels: list[str], *, verdict: str = "holds", seconds: float = 1.0, **changes) -> None:
+        notebook = nbformat.read(root / "notebooks" / "tiny.ipynb", as_version=4)
+        parts = chapter_parts(root, "tiny", "cpu", notebook)
+        claims = [{"label": label, "verdict": verdict, "tolerance": "", "note": ""} for label in labels]
+        record = Provenance("cpu", "cpu", "a CPU", {}, "2026-01-02", seconds, digest_of(parts), (), parts)
+        notebook.metadata["p2k"] = {**asdict(record), "claims": claims, **changes}
+        nbformat.write(notebook, root / "notebooks" / "tiny.ipynb")
+
+    return stamp
+
+
+@pytest.fixture
+def write_chapter(root: Path):
+    """Function that stores the chapter with other code."""
+    return lambda code: store(root, code=code)

@@ -75,7 +75,9 @@ def load_catalogue(root: Path) -> Catalogue:
     raw = read_yaml(root / "book" / "catalogue.yml")
     raw = json.loads(json.dumps(raw, default=str))  # YAML's dates as text
     schema = read_yaml(files("p2k.book") / "templates" / "catalogue.schema.yml")
-    wrong = [f"{e.json_path[2:]}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)]
+    wrong = [
+        f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)
+    ]
     entries = {} if wrong else raw["papers"].items()
     wrong += [f"papers.{slug}.part: {e['part']!r} is no part" for slug, e in entries if e["part"] not in raw["parts"]]
     if wrong:

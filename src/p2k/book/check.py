@@ -138,7 +138,9 @@ def _prose_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[st
 
 def _claim_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[str]:
     settled = {entry["label"] for entry in notebook.metadata.get("p2k", {}).get("claims", [])}
-    labels = equation_labels(notebook) or ["none at all"]
+    labels = equation_labels(notebook)
+    if not labels:
+        yield "no displayed equation"
     for label in labels:
         if label is None or not re.fullmatch(rf"eq:{paper.slug}-[\w-]+", label):
             yield f"displayed equation with label {label}, expected eq:{paper.slug}-..."

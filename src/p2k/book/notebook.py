@@ -9,7 +9,7 @@ from nbformat.reader import NotJSONError
 
 from p2k.core.errors import P2KError
 
-_CODE = re.compile(r"^(`{3,}|~{3,})(?!\{)[^\n]*\n.*?^\1[ \t]*$|(?<!`)`[^`\n]+`(?!`)", re.M | re.S)
+_CODE = re.compile(r"^(`{3,}|~{3,})[^\s`{][^\n]*\n.*?^\1[ \t]*$|(?<!`)`[^`\n]+`(?!`)", re.M | re.S)
 _EQUATION = re.compile(
     r"^[ \t]*(?P<fence>`{3,}|:{3,})\{math\}(?P<body>.*?)^[ \t]*(?P=fence)"
     r"|\$\$.+?\$\$(?:[ \t]*\((?P<label>[^)\s]+)\))?",
