@@ -16,7 +16,6 @@ from p2k.book.provenance import chapter_digest, read_provenance
 from p2k.core.errors import P2KError
 
 Status = Literal["planned", "derived", "verified", "reproduced", "benchmarked"]
-Kind = Literal["method", "theory", "analysis", "system", "survey"]
 # Floors on which a paper may have a module of its own; `notebook` is its chapter.
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "notebook")
 SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -29,7 +28,7 @@ class Paper:
     slug: str
     title: str
     part: str
-    kind: Kind
+    kind: str
     date: str | None = None
     wave: int | None = None
     code: str | None = None
@@ -78,13 +77,10 @@ def load_catalogue(root: Path) -> Catalogue:
     wrong = [
         f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)
     ]
-    entries = {} if wrong else raw["papers"].items()
-    wrong += [f"papers.{slug}.part: {e['part']!r} is no part" for slug, e in entries if e["part"] not in raw["parts"]]
+    papers = {slug: _paper(slug, entry) for slug, entry in raw["papers"].items()} if not wrong else {}
+    wrong += [f"papers.{p.slug}.part: {p.part!r} is no part" for p in papers.values() if p.part not in raw["parts"]]
     if wrong:
         raise P2KError(f"book/catalogue.yml: {'; '.join(wrong)}")
-    papers = {
-        slug: Paper(slug, **{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for slug, e in entries
-    }
     return Catalogue(raw["parts"], raw["maps"], papers, raw["shared"])
 
 
@@ -120,3 +116,7 @@ def chapter_status(root: Path, slug: str) -> Status:
     if all(record["experiment"].startswith("benchmark") for record in records):
         return "verified"
     return "benchmarked" if any(record["experiment"].startswith("benchmark") for record in records) else "reproduced"
+
+
+def _paper(slug: str, entry: dict) -> Paper:
+    return Paper(slug, **{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})

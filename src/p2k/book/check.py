@@ -21,7 +21,7 @@ _LIMITS = {"image/svg+xml": 200_000, "image/png": 270_000, "text/html": 410_000}
 
 
 def check_chapter(root: Path, slug: str) -> list[str]:
-    """One sentence per thing that the chapter still lacks; empty when it is complete. Unknown slug: CatalogueError."""
+    """One sentence per thing that the chapter still lacks; empty when it is complete. Unknown slug: P2KError."""
     paper = load_catalogue(root)[slug]
     gaps = [*_entry_gaps(root, paper), *_floor_gaps(root, paper)]
     if not notebook_path(root, slug).is_file():
@@ -29,26 +29,29 @@ def check_chapter(root: Path, slug: str) -> list[str]:
     notebook = read_notebook(root, slug)
     cited = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", prose(notebook))
     keys = {key.strip() for group in cited for key in group.split(",")} | ({paper.bib} - {None})
-    return [*gaps, *_citation_gaps(root, keys), *_notebook_gaps(root, paper, notebook), *_run_gaps(root, slug)]
+    found = [gap for rule in (_prose_gaps, _claim_gaps, _parameter_gaps) for gap in rule(root, paper, notebook)]
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        found += [f"code cell {number} {gap}" for gap in (*_code_gaps(cell.source), *_output_gaps(root, cell))]
+    gaps += [*_citation_gaps(root, keys), *(f"notebooks/{slug}.ipynb: {gap}" for gap in found)]
+    return [*gaps, *_run_gaps(root, slug)]
 
 
 def check_book(root: Path) -> list[str]:
     """One sentence per module, notebook, profile or toc entry without an owner, and per owner without a module."""
     catalogue, gaps = load_catalogue(root), []
     for floor in FLOORS[:-1]:
-        modules = [
-            p for p in (root / "src" / "p2k" / floor).glob("*") if p.suffix == ".py" or (p / "__init__.py").exists()
-        ]
-        found, shared = {path.stem for path in modules} - {"__init__"}, {*catalogue.shared.get(floor, {})}
+        folder, shared = root / "src" / "p2k" / floor, {*catalogue.shared.get(floor, {})}
+        found = {p.stem for p in folder.glob("*.py")} - {"__init__"} | {
+            p.parent.name for p in folder.glob("*/__init__.py")
+        }
         owned = {paper.stem for paper in catalogue.papers.values() if floor in paper.floors}
         gaps += [f"src/p2k/{floor}/{stem}: in no paper's floors and not shared" for stem in found - owned - shared]
         gaps += [f"src/p2k/{floor}/{stem}: shared in book/catalogue.yml but missing" for stem in shared - found]
     chapters = [paper.slug for paper in catalogue.chapters]
     stored = {path.stem for path in (root / "notebooks").glob("*.ipynb")} - {*catalogue.maps}
     gaps += [f"notebooks/{slug}.ipynb: no chapter or map of this name" for slug in stored - {*chapters}]
-    gaps += [
-        f"book/profiles.yml: {slug}: no chapter" for slug in read_yaml(root / "book/profiles.yml").keys() - {*chapters}
-    ]
+    unknown = read_yaml(root / "book/profiles.yml").keys() - {*chapters}
+    gaps += [f"book/profiles.yml: {slug}: no chapter" for slug in unknown]
     wanted = [(catalogue.parts[paper.part], paper.slug) for paper in catalogue.chapters]
     listed = [entry for entry in toc_chapters(root) if entry[1] not in catalogue.maps]
     return sorted(gaps) + ([] if listed == wanted else [f"_toc.yml has the chapters {listed}, the catalogue {wanted}"])
@@ -108,14 +111,6 @@ def _run_gaps(root: Path, slug: str) -> Iterator[str]:
         yield f"chapter {slug} is stale, changed since its run: {', '.join(changed)}: p2k run {slug}"
     elif run.seconds > 60:
         yield f"chapter {slug} took {run.seconds:.0f} s in the cpu profile, expected at most 60"
-
-
-def _notebook_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[str]:
-    for gaps in (_prose_gaps, _claim_gaps, _parameter_gaps):
-        yield from (f"notebooks/{paper.slug}.ipynb: {gap}" for gap in gaps(root, paper, notebook))
-    for number, cell in enumerate(code_cells(notebook), start=1):
-        found = [*_code_gaps(cell.source), *_output_gaps(root, cell)]
-        yield from (f"notebooks/{paper.slug}.ipynb: code cell {number} {gap}" for gap in found)
 
 
 def _prose_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[str]:

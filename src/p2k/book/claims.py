@@ -10,6 +10,7 @@ from p2k.core.errors import P2KError
 from p2k.experiments.verdict import ResultRow, results_table
 
 __all__ = ["CLAIM_MIME", "ClaimFailed", "ResultRow", "claim", "emit", "no_claim", "results_table"]
+Rule = Literal["absolute", "relative"]
 CLAIM_MIME = "application/vnd.p2k.claim+json"
 
 
@@ -17,15 +18,7 @@ class ClaimFailed(P2KError):
     """A claim does not hold; the message carries the numbers."""
 
 
-def claim(
-    label: str,
-    observed: Any,
-    expected: Any,
-    tol: float = 0.0,
-    *,
-    rule: Literal["absolute", "relative"] = "absolute",
-    note: str = "",
-) -> None:
+def claim(label: str, observed: Any, expected: Any, tol: float = 0, *, rule: Rule = "absolute", note: str = "") -> None:
     """Check that `observed` equals `expected` and print one line that is the same on every machine.
 
     Args:

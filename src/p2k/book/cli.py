@@ -25,7 +25,6 @@ class Group(typer.core.TyperGroup):
     """Prints what a user can mend as one red line, without a traceback."""
 
     def invoke(self, ctx: typer.Context) -> object:
-        """Run the command; exit 1 on the package's own errors and bad values."""
         try:
             return super().invoke(ctx)
         except (P2KError, ValueError) as error:
@@ -50,7 +49,7 @@ def list_(every: Annotated[bool, typer.Option("--all", help="also papers without
 @app.command()
 def run(slug: str, profile: str = "cpu", device: str = "auto", out: Path | None = None) -> None:
     """Execute a chapter in a fresh kernel; the cpu profile is stored, the others go to runs/ or --out."""
-    target = runner.run_chapter(find_root(), slug, profile, device=device, out=out, progress=True)
+    target = runner.run_chapter(find_root(), slug, profile, device=device, out=out)
     console.print(f"{slug}: ran the {profile} profile, written to {target}")
 
 
@@ -79,11 +78,8 @@ def build(strict: bool = True, execute: bool = True) -> None:
     root = find_root()
     for slug in runner.stale_chapters(root) if execute else []:
         console.print(f"{slug}: stale, running its cpu profile")
-        runner.run_chapter(root, slug, progress=True)
-    if (readme := root / "README.md").is_file():
-        text = readme.read_text(encoding="utf-8")
-        if (fresh := chapter_table(root, text)) != text:
-            write_atomic(readme, fresh)
+        runner.run_chapter(root, slug)
+    renew_readme(root)
     options = ["-W", "--keep-going"] if strict else []
     if subprocess.run([sys.executable, "-m", "jupyter_book", "build", ".", *options], cwd=root).returncode:
         raise P2KError("the site was not built: jupyter-book's messages are above")
@@ -109,11 +105,14 @@ def doctor() -> None:
     console.print(table, f"checkout: {find_root()}")
 
 
-def chapter_table(root: Path, text: str) -> str:
-    """The text with the table between `<!-- chapters -->` and `<!-- /chapters -->` made anew."""
+def renew_readme(root: Path) -> None:
+    """Make the table between `<!-- chapters -->` and `<!-- /chapters -->` of the README anew."""
     rows = ["<!-- chapters -->", "| chapter | paper | status |", "|---|---|---|"]
     for paper in load_catalogue(root).chapters:
         status = chapter_status(root, paper.slug)
         rows.append(f"| [{paper.slug}](notebooks/{paper.slug}.ipynb) | {paper.title} | {status} |")
+    old = readme.read_text(encoding="utf-8") if (readme := root / "README.md").is_file() else ""
     table = "\n".join([*rows, "<!-- /chapters -->"])
-    return re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, text, flags=re.S)
+    new = re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, old, flags=re.S)
+    if new != old:
+        write_atomic(readme, new)

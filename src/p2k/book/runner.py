@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from unittest import mock
 
-import torch
 from nbformat import NotebookNode, read, reads, writes
 
 from p2k.book.catalogue import load_catalogue, read_yaml
@@ -32,15 +31,7 @@ class ChapterFailed(P2KError):
     """A cell of a chapter raised; the message names chapter, cell and error. The stored notebook is as it was."""
 
 
-def run_chapter(
-    root: Path,
-    slug: str,
-    profile: str = "cpu",
-    *,
-    device: str = "auto",
-    out: Path | None = None,
-    progress: bool = False,
-) -> Path:
+def run_chapter(root: Path, slug: str, profile: str = "cpu", *, device: str = "auto", out: Path | None = None) -> Path:
     """Execute a chapter, write the result whole or not at all, and return its path.
 
     The cpu profile is stored in `notebooks/`; the others (and cpu with `out`) go to `out`, by default
@@ -60,8 +51,10 @@ def run_chapter(
             raise P2KError(f"notebooks/{slug}.ipynb: the parameters cell does not declare {', '.join(sorted(unknown))}")
         parameters |= {name: value for name, value in given.items() if name in names}
         started = time.perf_counter()
-        with mock.patch.dict(os.environ, _environment(root, Path(folder), network=profile == "gpu")):
-            result = _execute(root, slug, parameters, work, limit=PROFILES[profile], progress=progress)
+        with mock.patch.dict(
+            os.environ, kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
+        ):
+            result = _execute(root, slug, parameters, work, limit=PROFILES[profile])
         seconds = round(time.perf_counter() - started, 1)
         _record(result := clean(result), root, slug, profile=profile, device=chosen, seconds=seconds)
         target = notebook_path(root, slug)
@@ -109,23 +102,19 @@ def _parameters(root: Path, slug: str, profile: str, device: str) -> tuple[dict,
     return dict(parameters), str(chosen)
 
 
-def _environment(root: Path, folder: Path, *, network: bool) -> dict[str, str]:
-    """What the kernel inherits: one thread, this checkout's package, and no network unless asked for."""
+def kernel_environment(root: Path, folder: Path, *, device: str = "cpu", network: bool = False) -> dict[str, str]:
+    """What a kernel inherits: one thread, this checkout's package, the interpreter on a CPU, no network unless asked."""
     startup = folder / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     if not network:
         shutil.copy(files("p2k.book") / "templates" / "no_network.py.txt", startup / "00-no-network.py")
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH")]))
-    fixed = {
-        "OMP_NUM_THREADS": "1",
-        "SOURCE_DATE_EPOCH": "0",
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    return {**fixed, **interpret, "P2K_ROOT": str(root), "PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython")}
+    fixed = {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "0", "MPLBACKEND": "inline", "P2K_ROOT": str(root)}
+    interpret = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
+    return {**fixed, **interpret, "PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython")}
 
 
-def _execute(root: Path, slug: str, parameters: dict, work: Path, *, limit: int, progress: bool) -> NotebookNode:
+def _execute(root: Path, slug: str, parameters: dict, work: Path, *, limit: int) -> NotebookNode:
     """The executed notebook; ChapterFailed where a cell did not succeed."""
     papermill = require("papermill", extra="book", purpose="running a chapter")
     from nbclient.exceptions import DeadKernelError
@@ -133,21 +122,24 @@ def _execute(root: Path, slug: str, parameters: dict, work: Path, *, limit: int,
     source, target = str(notebook_path(root, slug)), str(work.with_name("out.ipynb"))
     options = {"kernel_name": "python3", "cwd": str(work), "execution_timeout": limit}
     try:
-        bar = progress and sys.stderr.isatty()
-        papermill.execute_notebook(source, target, parameters, progress_bar=bar, **options)
+        papermill.execute_notebook(source, target, parameters, progress_bar=sys.stderr.isatty(), **options)
     except papermill.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         raise ChapterFailed(f"{slug}: cell {error.cell_index} ({first!r}): {error.ename}: {error.evalue}") from error
     except (TimeoutError, DeadKernelError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ChapterFailed(f"{slug}: {reason} (a cell may take {limit} s)") from error
+        raise ChapterFailed(f"{slug}: {str(error).strip().splitlines()[0]} (a cell may take {limit} s)") from error
     return read(target, as_version=4)
 
 
 def _record(notebook: NotebookNode, root: Path, slug: str, *, profile: str, device: str, seconds: float) -> None:
-    """Write provenance, and the claims collected from the outputs, into the notebook's metadata."""
-    data = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
-    claims = tuple(bundle[CLAIM_MIME] for bundle in data if CLAIM_MIME in bundle)
+    """Stamp provenance and the claims found in the outputs; mark claims and results tables for nbval."""
+    claims = []
+    for cell in code_cells(notebook):
+        data = [output.get("data", {}) for output in cell.outputs]
+        claims += [bundle[CLAIM_MIME] for bundle in data if CLAIM_MIME in bundle]
+        marked = any(CLAIM_MIME in bundle or "| verdict |" in bundle.get("text/markdown", "") for bundle in data)
+        if marked and not tagged(cell, "nbval-check-output"):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "nbval-check-output"]
     parts, today = chapter_parts(root, slug, profile, notebook), datetime.datetime.now(datetime.UTC).date().isoformat()
     made = (profile, device, device_name(device), versions(), today, seconds, digest_of(parts))
-    notebook.metadata["p2k"] = asdict(Provenance(*made, claims=claims, parts=parts)) | {"claims": list(claims)}
+    notebook.metadata["p2k"] = asdict(Provenance(*made, tuple(claims), parts)) | {"claims": claims}
