@@ -39,6 +39,6 @@
     }
     count.textContent = `${shown} of ${rows.length} papers`;
   }
-  table.closest(".p2k-scroll").before(form);
+  table.parentElement.before(form);
   apply();
 })();

@@ -32,12 +32,17 @@ def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
 def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
     """Remove thebe, which loads from a CDN and declares one constant twice on every page."""
     for key in ("script_files", "css_files"):
-        context[key] = [item for item in context.get(key, []) if "thebe" not in str(getattr(item, "filename", item))]
+        context[key] = [item for item in context.get(key, []) if "thebe" not in _content(item).lower()]
     body = context.get("body", "")
     start = body.find('<script type="text/x-thebe-config">')
     if start >= 0:
         end = body.index("</script>", start) + len("</script>")
         context["body"] = body[:start] + body[end:]
+
+
+def _content(item: object) -> str:
+    """File name and inline body of one of Sphinx's scripts or style sheets."""
+    return f"{getattr(item, 'filename', item)} {getattr(item, 'attributes', {}).get('body', '')}"
 
 
 def setup(app: Sphinx) -> dict:

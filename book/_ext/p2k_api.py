@@ -4,10 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
-from sphinx.util.nodes import nested_parse_with_titles
 
 # Launchers and jitted programs stand behind the public function of their op; chapters show their source.
 INTERNAL = {"kernel", "__main__"}
@@ -47,28 +44,31 @@ def chapter_objects(root: Path, slug: str) -> list[str]:
     ]
 
 
-class PackageReference(SphinxDirective):
-    """`{p2k-api} <floor>`: a table of what the floor offers, then every module with its members."""
+def write_reference(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Replace the line `% p2k-api: <floor>` of a page by a table of what the floor offers and its modules."""
+    source[0] = re.sub(
+        r"^% p2k-api: (\w+)$", lambda match: reference_page(Path(app.srcdir), match[1]), source[0], flags=re.M
+    )
 
-    required_arguments = 1
 
-    def run(self) -> list[nodes.Node]:
-        """Write the page as MyST with embedded autodoc and parse it in place."""
-        modules = public_modules(Path(self.env.srcdir), self.arguments[0])
-        text = []
-        for name, path in modules:
-            members = [f"      ~{name}.{item.name}" for item in public_definitions(path)]
-            # A package may re-export names; each is documented once, where it is defined.
-            automodule = [f".. automodule:: {name}", "   :members:", "   :ignore-module-all:", "   :show-inheritance:"]
-            table = [".. autosummary::", "   :nosignatures:", "", *(line[3:] for line in members)] if members else []
-            text += [f"## `{name}`", "", "```{eval-rst}", *automodule, "```", ""]
-            if len(members) > 2:
-                text[-2:-2] = ["", *table]
-        self.env.p2k_live = getattr(self.env, "p2k_live", set()) | {self.env.docname}
-        section = nodes.section(document=self.state.document)
-        self.content = type(self.content)("\n".join(text).splitlines(), source=self.get_source_info()[0])
-        nested_parse_with_titles(self.state, self.content, section)
-        return section.children
+def reference_page(root: Path, floor: str) -> str:
+    """Return MyST with embedded autodoc for one floor."""
+    contents = [(name, public_definitions(path)) for name, path in public_modules(root, floor)]
+    contents = [(name, items) for name, items in contents if items]
+    summary = [f"   {name}.{item.name}" for name, items in contents for item in items]
+    if not summary:
+        return "Nothing stands on this floor yet."
+    text = ["```{eval-rst}", ".. autosummary::", "   :nosignatures:", "", *summary, "```", ""]
+    for name, _ in contents:
+        # A package may re-export names; each is documented once, where it is defined.
+        automodule = [f".. automodule:: {name}", "   :members:", "   :ignore-module-all:", "   :show-inheritance:"]
+        text += [f"## {name}", "", "```{eval-rst}", *automodule, "```", ""]
+    return "\n".join(text)
+
+
+def reference_pages(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
+    """Name the pages to read again at every build: new modules appear on them."""
+    return sorted(docname for docname in env.found_docs if docname.startswith("book/api/"))
 
 
 def _source_role(env: object, item: str) -> str:
@@ -99,7 +99,8 @@ def link_docstring(app: Sphinx, what: str, name: str, obj: object, options: obje
 
 
 def setup(app: Sphinx) -> dict:
-    """Register the directive and the docstring links, which run after napoleon (priority 500)."""
-    app.add_directive("p2k-api", PackageReference)
+    """Register the hooks; docstring links come after napoleon, which has priority 500."""
+    app.connect("source-read", write_reference)
+    app.connect("env-get-outdated", reference_pages)
     app.connect("autodoc-process-docstring", link_docstring, priority=600)
     return {"version": "1", "parallel_read_safe": False}

@@ -31,9 +31,7 @@ class LiveDirective(SphinxDirective):
     def page(self, text: str, docname: str) -> nodes.Node:
         """Return a link to another page of the book."""
         options = {"refdomain": "std", "reftype": "doc", "reftarget": f"/{docname}", "refexplicit": True}
-        return addnodes.pending_xref(
-            "", nodes.inline(text, text), refdoc=self.env.docname, refwarn=True, **options
-        )
+        return addnodes.pending_xref("", nodes.inline(text, text), refdoc=self.env.docname, refwarn=True, **options)
 
     def is_built(self, slug: str) -> bool:
         """Say whether the book has a page for this paper."""
@@ -82,7 +80,7 @@ def links(paper: Paper) -> list[nodes.Node]:
 
 
 def table(title: str, headings: list[str], rows: list[list[list[nodes.Node]]], name: str) -> nodes.Node:
-    """Return a captioned table inside a container that scrolls on narrow screens."""
+    """Return a captioned table; the theme puts it into a container that scrolls on narrow screens."""
 
     def row(cells: list[list[nodes.Node]]) -> nodes.Node:
         return nodes.row("", *(nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells))
@@ -90,8 +88,7 @@ def table(title: str, headings: list[str], rows: list[list[list[nodes.Node]]], n
     group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in headings), cols=len(headings))
     group += nodes.thead("", row([[nodes.Text(heading)] for heading in headings]))
     group += nodes.tbody("", *(row(cells) for cells in rows))
-    body = nodes.table("", nodes.title(title, title), group, classes=[name])
-    return nodes.container("", body, classes=["p2k-scroll"])
+    return nodes.table("", nodes.title(title, title), group, classes=[name])
 
 
 class Cards(LiveDirective):
@@ -143,11 +140,11 @@ class BuildRecord(LiveDirective):
             state = badge(self.freshness(paper.slug, record))
             cells = ["–"] * 5
             if record:
-                versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+                versions = ", ".join(f"{name} {version}" for name, version in record.versions.items() if version)
                 device = f"{record.device}: {record.device_name}"
-                cells = [record.profile, f"{record.seconds:.1f}", device, versions, str(record.date)]
-            rows.append([[self.title(paper)], *([nodes.Text(cell)] for cell in cells), [state]])
-        headings = ["Chapter", "Profile", "Seconds", "Device", "Versions", "Date", "Digest"]
+                cells = [record.profile, f"{record.seconds:.1f}", record.date, device, versions]
+            rows.append([[self.title(paper)], [state], *([nodes.Text(cell)] for cell in cells)])
+        headings = ["Chapter", "Digest", "Profile", "Seconds", "Date", "Device", "Versions"]
         return [table("Executions behind the stored pages", headings, rows, "p2k-record")]
 
 
@@ -160,12 +157,11 @@ class ChapterCard(LiveDirective):
     def render(self) -> list[nodes.Node]:
         """Fields of the catalogue and the provenance; a banner where the page is older than its code."""
         slug = self.arguments[0]
-        paper, record = load_catalogue(self.root).papers[slug], read_provenance(self.root, slug)
+        paper, record = load_catalogue(self.root)[slug], read_provenance(self.root, slug)
         fields = nodes.field_list()
         self.add(fields, "Paper", [nodes.emphasis(paper.title, paper.title)])
         if paper.authors:
-            authors = paper.authors if isinstance(paper.authors, str) else ", ".join(paper.authors)
-            self.add(fields, "Authors", [nodes.Text(authors)])
+            self.add(fields, "Authors", [nodes.Text(", ".join(paper.authors))])
         self.add(fields, "Date", [nodes.Text(str(paper.date))])
         self.add(fields, "Links", join(links(paper)))
         if self.content:
@@ -189,14 +185,17 @@ class ChapterCard(LiveDirective):
         """Return a link to an object's place in the package reference."""
         short = name.removeprefix("p2k.")
         options = {"refdomain": "py", "reftype": "obj", "reftarget": name, "refexplicit": True}
-        return addnodes.pending_xref(
-            "", nodes.literal(short, short), refdoc=self.env.docname, refwarn=True, **options
-        )
+        return addnodes.pending_xref("", nodes.literal(short, short), refdoc=self.env.docname, refwarn=True, **options)
 
 
 def live_pages(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
     """Name the pages to read again: all that show the catalogue, provenance or the package."""
     return sorted(getattr(env, "p2k_live", set()) & env.found_docs)
+
+
+def mend_roles(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Drop docutils' list role from bibliographies: their entries are no list items, which screen readers trip over."""
+    context["body"] = context.get("body", "").replace('<div role="list" class="citation-list">', "<div>")
 
 
 def setup(app: Sphinx) -> dict:
@@ -209,4 +208,5 @@ def setup(app: Sphinx) -> dict:
     }.items():
         app.add_directive(name, directive)
     app.connect("env-get-outdated", live_pages)
+    app.connect("html-page-context", mend_roles)
     return {"version": "1", "parallel_read_safe": False}
