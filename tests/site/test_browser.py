@@ -101,7 +101,9 @@ def test_page_is_accessible(visit: Visit, toc_page: str) -> None:
     for width, mode in ((1280, "light"), (390, "dark")):
         page = show(visit, toc_page, width, mode)
         page.evaluate(TYPESET)
-        for finding in Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]:
+        for finding in (
+            Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]
+        ):
             if finding["impact"] in SERIOUS:
                 where = [f"{node['html'][:160]} ({node['any'][:1]})"[:400] for node in finding["nodes"][:3]]
                 problems.append(f"{width} {mode}: {finding['id']}: {finding['help']}: {where}")
