@@ -8,7 +8,6 @@ from sphinx.application import Sphinx
 
 # Launchers and jitted programs stand behind the public function of their op; chapters show their source.
 INTERNAL = {"kernel", "__main__"}
-CITATION_KEY = re.compile(r"[a-z]+\d{4}\w*")
 
 
 def public_modules(root: Path, floor: str) -> list[tuple[str, Path]]:
@@ -71,31 +70,34 @@ def reference_pages(app: Sphinx, env: object, added: set, changed: set, removed:
     return sorted(docname for docname in env.found_docs if docname.startswith("book/api/"))
 
 
-def _source_role(env: object, item: str) -> str:
-    """A citation key, an equation label of a built chapter, or the words as they stand."""
-    if CITATION_KEY.fullmatch(item):
-        return f":cite:t:`{item}`"
-    slugs = (doc.removeprefix("notebooks/") for doc in env.found_docs if doc.startswith("notebooks/"))
-    if any(item.startswith(f"eq:{slug}-") for slug in slugs):
-        return f"equation :eq:`{item}`"
-    return f"``{item}``" if item.startswith("eq:") else item
-
-
 def link_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Turn the `Source:` and `Chapter:` lines of a docstring into fields with links."""
-    linked = []
-    for line in lines:
-        if not re.match(r"(Source|Chapter):", line):
-            linked.append(line)
-            continue
-        source = re.search(r"Source:\s*(.+?)\.(?:\s|$)", line)
-        chapter = re.search(r"Chapter:\s*([\w-]+)", line)
-        if source:
-            linked.append(":Source: " + ", ".join(_source_role(app.env, item) for item in source[1].split(", ")))
-        if chapter:
-            page = f"notebooks/{chapter[1]}"
-            linked.append(f":Chapter: :doc:`/{page}`" if page in app.env.found_docs else f":Chapter: {chapter[1]}")
-    lines[:] = linked
+    pages = app.env.found_docs
+
+    def source(match: re.Match) -> str:
+        return ":Source: " + _link_source(" ".join(match[1].split()), pages)
+
+    def chapter(match: re.Match) -> str:
+        page = f"notebooks/{match[1]}"
+        return "\n:Chapter: " + (f":doc:`/{page}`" if page in pages else match[1])
+
+    text = re.sub(r"^Source:\s(.+?)(?=\s+Chapter:|\n\s*\n|\Z)", source, "\n".join(lines), flags=re.M | re.S)
+    lines[:] = re.sub(r"[ \t]*\bChapter:[ \t]*([\w-]+)\.?[ \t]*$", chapter, text, flags=re.M).split("\n")
+
+
+def _link_source(text: str, pages: set[str]) -> str:
+    """Link the citation keys and the labels of built chapters in a sentence; code in it stays as it is."""
+    built = tuple(f"eq:{page.removeprefix('notebooks/')}-" for page in pages if page.startswith("notebooks/"))
+
+    def role(match: re.Match) -> str:
+        if match["key"]:
+            return f":cite:t:`{match['key']}`"
+        label = match["label"]
+        return f"equation :eq:`{label}`" if label.startswith(built) else f"``{label}``"
+
+    parts = re.split(r"(``.*?``)", text)
+    parts[::2] = [re.sub(r"(?P<key>\b[a-z]+\d{4}[a-z0-9]*\b)|(?P<label>eq:[\w-]+)", role, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def setup(app: Sphinx) -> dict:
