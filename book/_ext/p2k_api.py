@@ -8,6 +8,8 @@ from sphinx.application import Sphinx
 
 # Launchers and jitted programs stand behind the public function of their op; chapters show their source.
 INTERNAL = {"kernel", "__main__"}
+# In the order in which a method is built.
+FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "core", "book")
 
 
 def public_modules(root: Path, floor: str) -> list[tuple[str, Path]]:
@@ -33,8 +35,7 @@ def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
 def chapter_objects(root: Path, slug: str) -> list[str]:
     """Return the dotted names of all documented objects whose docstring says `Chapter: <slug>`."""
     wanted = re.compile(rf"^Chapter:\s*{re.escape(slug)}\.?$", re.MULTILINE)
-    floors = sorted(path.name for path in (root / "src" / "p2k").iterdir() if path.is_dir())
-    modules = [module for floor in floors for module in public_modules(root, floor)]
+    modules = [module for floor in FLOORS for module in public_modules(root, floor)]
     return [
         f"{name}.{item.name}"
         for name, path in modules

@@ -169,7 +169,11 @@ class ChapterCard(LiveDirective):
         if record:
             about = f"{record.seconds:.0f} s in the {record.profile} profile on {record.device_name}, {record.date}"
             self.add(fields, "Runtime", [nodes.Text(about)])
-        self.add(fields, "In the package", join([self.reference(name) for name in chapter_objects(self.root, slug)]))
+        names = chapter_objects(self.root, slug)
+        own = [name for name in names if paper.stem in name.split(".")]
+        floors = dict.fromkeys(name.split(".")[1] for name in names if name not in own)
+        self.add(fields, "In the package", join([self.reference(name) for name in own]))
+        self.add(fields, "It also uses", join([self.page(f"p2k.{floor}", f"book/api/{floor}") for floor in floors]))
         self.add(fields, "Status", [self.status(slug)])
         card = nodes.container("", fields, classes=["p2k-chapter-card"])
         message = {"stale": STALE, "not executed": MISSING}.get(self.freshness(slug, record))

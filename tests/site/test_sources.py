@@ -76,6 +76,16 @@ def test_parts_of_the_table_of_contents_are_those_of_the_catalogue() -> None:
                 assert part["caption"] == catalogue["parts"][catalogue["papers"][slug]["part"]]
 
 
+def test_every_floor_with_code_has_a_page_of_the_reference() -> None:
+    modules = [
+        path for path in (ROOT / "src" / "p2k").rglob("*.py") if re.search(r"^(def|class) ", path.read_text(), re.M)
+    ]
+    floors = {path.relative_to(ROOT / "src" / "p2k").parts[0] for path in modules}
+    pages = {path.stem: path.read_text() for path in (ROOT / "book" / "api").glob("*.md")}
+    assert floors <= set(pages), "add book/api/<floor>.md, like its neighbours, and its entry in _toc.yml"
+    assert all(f"% p2k-api: {floor}\n" in pages[floor] for floor in floors)
+
+
 def test_glossary_is_sorted_and_every_term_is_explained() -> None:
     text = (ROOT / "book" / "glossary.md").read_text().split("```")[1]
     terms = re.findall(r"^([\w-].*)$", text.removeprefix("{glossary}"), flags=re.M)
