@@ -1,13 +1,14 @@
 """The catalogue: one entry per paper, read from `book/catalogue.yml`, and the status that code computes from facts."""
 
-import datetime
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+import jsonschema
 import yaml
 
 from p2k.book.notebook import equation_labels, read_notebook
@@ -15,36 +16,27 @@ from p2k.book.provenance import chapter_digest, read_provenance
 from p2k.core.errors import P2KError
 
 Status = Literal["planned", "derived", "verified", "reproduced", "benchmarked"]
-Kind = Literal["method", "theory", "analysis", "system", "survey"]
 # Floors on which a paper may have a module of its own; `notebook` is its chapter.
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "notebook")
 SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-class CatalogueError(P2KError):
-    """An entry of `book/catalogue.yml` or `book/profiles.yml` is wrong; the message names file, slug and field."""
-
-
 @dataclass(frozen=True)
 class Paper:
-    """One paper. `floors` is empty until its chapter is begun."""
+    """One paper. `floors` is empty until its chapter is begun; `stem` is the slug as a module name."""
 
     slug: str
     title: str
     part: str
-    kind: Kind
-    date: datetime.date | None = None
+    kind: str
+    date: str | None = None
     wave: int | None = None
     code: str | None = None
     arxiv: str | None = None
     authors: tuple[str, ...] = ()
     bib: str | None = None
     floors: tuple[str, ...] = ()
-
-    @property
-    def stem(self) -> str:
-        """The slug as a module name: the same on every floor."""
-        return self.slug.replace("-", "_")
+    stem = property(lambda self: self.slug.replace("-", "_"))
 
 
 @dataclass(frozen=True)
@@ -58,21 +50,18 @@ class Catalogue:
 
     def __getitem__(self, slug: str) -> Paper:
         if slug not in self.papers:
-            raise CatalogueError(f"unknown chapter {slug!r}: `p2k list --all` shows the slugs of book/catalogue.yml")
+            raise P2KError(f"unknown chapter {slug!r}: `p2k list --all` shows the slugs of book/catalogue.yml")
         return self.papers[slug]
 
     @property
     def chapters(self) -> list[Paper]:
         """Papers whose chapter is begun, in book order."""
-        return [paper for paper in self.papers.values() if "notebook" in paper.floors]
+        order = list(self.parts)
+        return sorted((p for p in self.papers.values() if "notebook" in p.floors), key=lambda p: order.index(p.part))
 
 
 def find_root(start: Path | None = None) -> Path:
-    """The checkout that holds `start` (default: P2K_ROOT, which the runner sets, else the working directory).
-
-    Raises:
-        P2KError: no folder above it has a `book/catalogue.yml`.
-    """
+    """The checkout around `start` (default: P2K_ROOT, which the runner sets, else the working directory)."""
     start = Path(start or os.environ.get("P2K_ROOT") or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / "book" / "catalogue.yml").is_file():
@@ -81,27 +70,28 @@ def find_root(start: Path | None = None) -> Path:
 
 
 def load_catalogue(root: Path) -> Catalogue:
-    """Read and validate `book/catalogue.yml`.
-
-    Raises:
-        CatalogueError: a field is missing, unknown or malformed.
-    """
+    """Read `book/catalogue.yml`; P2KError where a field is missing, unknown or malformed."""
     raw = read_yaml(root / "book" / "catalogue.yml")
-    for section in ("parts", "maps", "papers", "shared"):
-        if not isinstance(raw.get(section), dict):
-            raise CatalogueError(f"book/catalogue.yml: section {section!r} must be a mapping")
-    papers = {slug: _paper(slug, entry, raw["parts"]) for slug, entry in raw["papers"].items()}
+    raw = json.loads(json.dumps(raw, default=str))  # YAML's dates as text
+    schema = read_yaml(files("p2k.book") / "templates" / "catalogue.schema.yml")
+    wrong = [
+        f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)
+    ]
+    papers = {slug: _paper(slug, entry) for slug, entry in raw["papers"].items()} if not wrong else {}
+    wrong += [f"papers.{p.slug}.part: {p.part!r} is no part" for p in papers.values() if p.part not in raw["parts"]]
+    if wrong:
+        raise P2KError(f"book/catalogue.yml: {'; '.join(wrong)}")
     return Catalogue(raw["parts"], raw["maps"], papers, raw["shared"])
 
 
 def read_yaml(path: Path) -> dict:
-    """Load a YAML mapping; CatalogueError where it is missing or malformed."""
+    """Load a YAML mapping; P2KError where it is missing or malformed."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise CatalogueError(f"{path.name} cannot be read: {error}") from error
+        raise P2KError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(raw, dict):
-        raise CatalogueError(f"{path.name}: expected a mapping at the top, got {type(raw).__name__}")
+        raise P2KError(f"{path.name}: expected a mapping at the top, got {type(raw).__name__}")
     return raw
 
 
@@ -114,42 +104,19 @@ def chapter_status(root: Path, slug: str) -> Status:
     run = read_provenance(root, slug)
     if run is None or run.digest != chapter_digest(root, slug, run.profile):
         return "planned"
-    settled = {entry["label"] for entry in run.claims if entry["verdict"] != "failed"}
-    labels = equation_labels(read_notebook(root, slug))
-    if not labels or None in labels or not set(labels) <= settled:
+    labels = set(equation_labels(read_notebook(root, slug)))
+    if not labels or not labels <= {entry["label"] for entry in run.claims}:
         return "planned"
-    has_kernel = "ops" in load_catalogue(root)[slug].floors
-    proofs = {f"kernel:{slug}-float64", f"kernel:{slug}-mutants"} if has_kernel else {f"test:{slug}-float64"}
-    passed = {entry["label"] for entry in run.claims if entry["verdict"] == "holds"}
-    if not proofs <= passed:
+    kernel = "ops" in load_catalogue(root)[slug].floors
+    proofs = {f"kernel:{slug}-float64", f"kernel:{slug}-mutants"} if kernel else {f"test:{slug}-float64"}
+    if not proofs <= {entry["label"] for entry in run.claims if entry["verdict"] == "holds"}:
         return "derived"
     records = [json.loads(path.read_text()) for path in sorted((root / "book" / "results" / slug).glob("*.json"))]
-    if not any(record.get("profile") in ("gpu", "paper") for record in records):
+    records = [record for record in records if record["profile"] in ("gpu", "paper")]
+    if all(record["experiment"].startswith("benchmark") for record in records):
         return "verified"
-    on_gpu = [record for record in records if str(record.get("device", "")).startswith("cuda")]
-    return "benchmarked" if any(record.get("kind") == "benchmark" for record in on_gpu) else "reproduced"
+    return "benchmarked" if any(record["experiment"].startswith("benchmark") for record in records) else "reproduced"
 
 
-def _paper(slug: str, entry: dict, parts: dict[str, str]) -> Paper:
-    """Validate one entry."""
-    values = {"slug": slug, **(entry if isinstance(entry, dict) else {})}
-    problems = {name: "unknown field" for name in values if name not in {field.name for field in fields(Paper)}}
-    problems |= {name: "missing" for name in ("title", "part", "kind") if name not in values}
-    tests = {
-        "slug": lambda v: bool(SLUG.fullmatch(str(v))),
-        "title": lambda v: isinstance(v, str) and bool(v.strip()),
-        "part": lambda v: v in parts,
-        "kind": lambda v: v in get_args(Kind),
-        "date": lambda v: isinstance(v, datetime.date),
-        "wave": lambda v: type(v) is int and v > 0,
-        "code": lambda v: str(v).startswith("https://"),
-        "arxiv": lambda v: isinstance(v, str) and bool(re.fullmatch(r"\d{4}\.\d{4,5}", v)),
-        "authors": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
-        "bib": lambda v: isinstance(v, str),
-        "floors": lambda v: isinstance(v, list) and set(v) <= set(FLOORS),
-    }
-    problems |= {n: f"bad value {v!r}" for n, v in values.items() if n not in problems and not tests[n](v)}
-    if problems:
-        what = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
-        raise CatalogueError(f"book/catalogue.yml: {slug}: {what}")
-    return Paper(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+def _paper(slug: str, entry: dict) -> Paper:
+    return Paper(slug, **{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
