@@ -38,7 +38,7 @@ def test_bound_is_the_slower_of_memory_and_arithmetic(cost, seconds):
 
 def test_passes_compute_what_they_say():
     x, upstream = torch.randn(5), torch.randn(5)
-    closures = benchmark.passes(square, (x,), upstream)
+    closures = benchmark.closures(make_workload(), square, (x,), upstream)
     assert torch.equal(closures["forward"](), x * x)
     assert torch.equal(closures["backward"]()[0], 2 * x * upstream)
     assert torch.equal(closures["both"]()[0], 2 * x * upstream)

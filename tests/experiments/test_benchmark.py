@@ -33,7 +33,7 @@ def workload(monkeypatch):
 
 
 def use(monkeypatch, **candidates):
-    monkeypatch.setattr(benchmark, "implementations", lambda workload, device: candidates)
+    monkeypatch.setattr(benchmark, "implementations", lambda workload: candidates)
 
 
 def measured(workload, folder, **options):

@@ -32,22 +32,24 @@ class Workload:
         shape: sizes by axis name, for the record.
         dtype: of the inputs.
         make_inputs: ``(generator, device, dtype) -> tensors``, random, none of them requiring gradients.
-        kernel: the op with its fused kernel (CUDA), called on the inputs.
+        kernel: the op with its own fused or native code, called on the inputs; None where that cannot run.
         reference: the op's torch reference; its float64 result is the truth.
         forward: cost of the forward pass, as the fused form moves it.
         backward: cost of the backward pass.
-        peers: further implementations by ``name version``.
+        peers: further implementations by name.
+        passes: which of `PASSES` are measured.
     """
 
     op: str
     shape: Mapping[str, int]
     dtype: torch.dtype
     make_inputs: Callable[[torch.Generator, torch.device, torch.dtype], tuple[Tensor, ...]]
-    kernel: Callable[..., Tensor]
+    kernel: Callable[..., Tensor] | None
     reference: Callable[..., Tensor]
     forward: Cost
     backward: Cost
     peers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    passes: tuple[str, ...] = PASSES
 
     def cost(self, pass_name: str) -> Cost:
         """Cost of `forward`, `backward` or `both`."""
@@ -143,23 +145,24 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(values), cuts[3]
 
 
-def passes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: Tensor) -> dict[str, Callable]:
-    """Closures that run the forward pass, the backward pass and both of `function` once."""
-    leaves = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    output = function(*leaves)
+def closures(
+    workload: Workload, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: Tensor
+) -> dict[str, Callable[[], object]]:
+    """By pass, a call that runs that pass of `function` once."""
 
     def forward() -> Tensor:
         with torch.no_grad():
             return function(*inputs)
 
-    def backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, wanted, upstream, retain_graph=True)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*leaves), wanted, upstream)
-
-    return {"forward": forward, "backward": backward, "both": both}
+    found: dict[str, Callable[[], object]] = {"forward": forward}
+    if workload.passes == ("forward",):
+        return found
+    leaves = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    output = function(*leaves)
+    found["backward"] = lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True)
+    found["both"] = lambda: torch.autograd.grad(function(*leaves), wanted, upstream)
+    return found
 
 
 def rotated_inputs(
@@ -193,19 +196,15 @@ def memory_above_inputs(call: Callable[[], object], device: torch.device) -> int
 def errors_against_float64(
     workload: Workload, function: Callable[..., Tensor], device: torch.device, *, seed: int
 ) -> dict[str, float]:
-    """Relative Frobenius error of value and gradients on fresh inputs, the worst tensor counts."""
+    """Relative Frobenius error of the value, and of the worst gradient where one is measured, on fresh inputs."""
     source = generator(seed, device)
     inputs = workload.make_inputs(source, device, workload.dtype)
     wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
     upstream = torch.randn(workload.reference(*inputs).shape, generator=source, device=device, dtype=torch.float64)
-    truth_value, truth_grads = _value_and_gradients(workload.reference, wide, upstream)
-    value, grads = _value_and_gradients(function, inputs, upstream.to(workload.dtype))
-    backward = [relative_errors(got, expected)[0] for got, expected in zip(grads, truth_grads, strict=True)]
-    return {"forward": relative_errors(value, truth_value)[0], "backward": max(backward, default=0.0)}
-
-
-def _value_and_gradients(function, inputs, upstream):
-    leaves = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
-    output = function(*leaves)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return output.detach(), torch.autograd.grad(output, wanted, upstream.to(output.dtype))
+    truth = closures(workload, workload.reference, wide, upstream)
+    actual = closures(workload, function, inputs, upstream.to(workload.dtype))
+    errors = {"forward": relative_errors(actual["forward"](), truth["forward"]())[0]}
+    if "both" in truth:
+        pairs = zip(actual["both"](), truth["both"](), strict=True)
+        errors["backward"] = max(relative_errors(got, expected)[0] for got, expected in pairs)
+    return errors

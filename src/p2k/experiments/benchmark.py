@@ -17,14 +17,14 @@ from torch import Tensor
 
 import p2k.ops
 from p2k.core import benchmark
-from p2k.core.benchmark import PASSES, Ceilings, Clock, Workload
+from p2k.core.benchmark import Ceilings, Clock, Workload
 from p2k.core.device import device_name, version_of, versions
 from p2k.core.errors import P2KError
 
 SCHEMA = 1
 RECORD_KEYS = {
     "op", "shape", "dtype", "pass", "implementation", "milliseconds", "bytes", "flops", "roofline", "speedup",
-    "memory_bytes", "error", "compile_seconds", "problem",
+    "memory_bytes", "error", "first_call_seconds", "problem",
 }  # fmt: skip
 # A fused row kernel cannot beat a compiled one by more than the bytes allow; beyond this the measurement is suspect.
 SUSPICIOUS_SPEEDUP = 10.0
@@ -48,37 +48,38 @@ def declared_workloads(ops: list[str], device: torch.device, *, quick: bool) -> 
     return [workload for module in modules for workload in module.workloads(device, quick=quick)]
 
 
-def implementations(workload: Workload, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """What is timed: eager torch, `torch.compile`, the peers, and on a GPU the kernel itself."""
+def implementations(workload: Workload) -> dict[str, Callable[..., Tensor]]:
+    """What is timed: our own code, eager torch, `torch.compile` of it, and the peers."""
     torch._dynamo.reset()
     # The backward pass alone is timed by running it again on one graph, which donated buffers forbid.
     torch._functorch.config.donated_buffer = False
     found = {"eager": workload.reference, "compile": torch.compile(workload.reference), **workload.peers}
-    return {"kernel": workload.kernel, **found} if device.type == "cuda" else found
+    return found if workload.kernel is None else {"kernel": workload.kernel, **found}
 
 
 def measure(workload: Workload, device: torch.device, ceilings: Ceilings | None, *, quick: bool) -> list[dict]:
     """All records of one workload. After timing, every implementation is checked on a new seed."""
-    clock, candidates = Clock(device), implementations(workload, device)
+    clock, candidates = Clock(device), implementations(workload)
     sets = list(benchmark.rotated_inputs(workload, device, seed=0))
-    compile_seconds, closures = {}, {}
+    first_call, closures = {}, {}
     for name, function in candidates.items():
         start = time.perf_counter()
-        benchmark.passes(function, *sets[0])["both"]()
-        compile_seconds[name] = time.perf_counter() - start
-        closures[name] = [benchmark.passes(function, inputs, upstream) for inputs, upstream in sets]
+        for call in benchmark.closures(workload, function, *sets[0]).values():
+            call()
+        first_call[name] = time.perf_counter() - start
+        closures[name] = [benchmark.closures(workload, function, *given) for given in sets]
     errors = {
         name: benchmark.errors_against_float64(workload, function, device, seed=1)
         for name, function in candidates.items()
     }
     records = []
-    for pass_name in PASSES:
+    for pass_name in workload.passes:
         calls = {name: [closure[pass_name] for closure in found] for name, found in closures.items()}
         samples = benchmark.interleaved_seconds(calls, clock, budget=0.05 if quick else 0.4)
         for name in candidates:
             memory = benchmark.memory_above_inputs(calls[name][0], device)
             point = _record(workload, pass_name, name, samples, ceilings)
-            point |= {"memory_bytes": memory, "error": errors[name], "compile_seconds": compile_seconds[name]}
+            point |= {"memory_bytes": memory, "error": errors[name], "first_call_seconds": first_call[name]}
             records.append(point | {"problem": find_problem(point, errors["eager"])})
     return records
 

@@ -24,11 +24,11 @@ def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
     inject, rank = (INJECT_SIZES, RANK_SIZES) if cuda else (INJECT_SIZES_CPU, RANK_SIZES_CPU)
     if quick:
         inject, rank = inject[-3:-2] if cuda else inject[:1], rank[:1]
-    found = [_inject(tokens, width, dtype) for dtype in dtypes for tokens, width in inject]
-    return found + [_rank(tokens, width, dtype) for dtype in dtypes for tokens, width in rank]
+    found = [_inject(tokens, width, dtype, cuda) for dtype in dtypes for tokens, width in inject]
+    return found + [_rank(tokens, width, dtype, cuda) for dtype in dtypes for tokens, width in rank]
 
 
-def _inject(tokens: int, width: int, dtype: torch.dtype) -> Workload:
+def _inject(tokens: int, width: int, dtype: torch.dtype, fused: bool) -> Workload:
     elements, size = tokens * width, dtype.itemsize
 
     def make_inputs(source, device, dtype) -> tuple[Tensor, ...]:
@@ -40,14 +40,14 @@ def _inject(tokens: int, width: int, dtype: torch.dtype) -> Workload:
         shape={"tokens": tokens, "width": width},
         dtype=dtype,
         make_inputs=make_inputs,
-        kernel=lambda *inputs: project_and_inject(*inputs, backend="triton"),
+        kernel=(lambda *inputs: project_and_inject(*inputs, backend="triton")) if fused else None,
         reference=lambda *inputs: project_and_inject(*inputs, backend="torch"),
         forward=Cost(bytes=3 * elements * size + tokens * (size + 8), flops=7 * elements),
         backward=Cost(bytes=5 * elements * size + tokens * (2 * size + 8), flops=13 * elements),
     )
 
 
-def _rank(tokens: int, rank: int, dtype: torch.dtype) -> Workload:
+def _rank(tokens: int, rank: int, dtype: torch.dtype, fused: bool) -> Workload:
     elements, size = tokens * rank, dtype.itemsize
 
     def make_inputs(source, device, dtype) -> tuple[Tensor, ...]:
@@ -59,7 +59,7 @@ def _rank(tokens: int, rank: int, dtype: torch.dtype) -> Workload:
         shape={"tokens": tokens, "rank": rank},
         dtype=dtype,
         make_inputs=make_inputs,
-        kernel=lambda *inputs: rank_project(*inputs, backend="triton"),
+        kernel=(lambda *inputs: rank_project(*inputs, backend="triton")) if fused else None,
         reference=lambda *inputs: rank_project(*inputs, backend="torch"),
         forward=Cost(bytes=4 * elements * size + tokens * (size + 12), flops=11 * elements),
         backward=Cost(bytes=7 * elements * size + tokens * (2 * size + 12), flops=27 * elements),
