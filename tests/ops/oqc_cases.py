@@ -6,11 +6,12 @@ from p2k.core.seeding import generator
 from p2k.core.tolerance import assert_as_good_as
 from p2k.ops import oqc
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORWARD, BACKWARD = 2, 3
 
 
 def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator(seed, DEVICE), dtype=torch.float64, device=DEVICE).to(dtype)
 
 
 def inject_inputs(*shape, gate="token", pre_gate=True, dtype=torch.float32, seed=0):
@@ -99,7 +100,7 @@ TERMS = {inject: inject_terms, rank: rank_terms}
 def assert_kernel_as_good_as_eager(stage, inputs, *, seed=9, **epsilons):
     """Forward within twice, gradients within three times the error of torch in the same dtype."""
     shape, dtype = inputs[0].shape, inputs[0].dtype
-    grad = random(*shape, seed=seed, dtype=dtype).to(inputs[0].device)
+    grad = random(*shape, seed=seed, dtype=dtype)
     truth = run(stage, leaves(inputs, wide=True), grad.double(), backend="torch", **epsilons)
     eager = run(stage, leaves(inputs), grad, backend="torch", **epsilons)
     actual = run(stage, leaves(inputs), grad, backend="triton", **epsilons)

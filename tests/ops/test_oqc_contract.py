@@ -60,7 +60,7 @@ def test_bad_input_of_rank_project(change, error, message):
 
 
 def test_auto_is_the_reference_on_a_cpu():
-    inputs = inject_inputs(5, 20)
+    inputs = [x.cpu() for x in inject_inputs(5, 20)]
     assert torch.equal(inject(*inputs, backend="auto"), inject(*inputs, backend="torch"))
 
 

@@ -8,22 +8,18 @@ pytestmark = pytest.mark.gpu
 both = pytest.mark.parametrize("name", STAGES)
 
 
-def on_gpu(inputs):
-    return [None if x is None else x.cuda() for x in inputs]
-
-
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [1, 56, 57, 512, 3072, 4096, 8200])
 def test_compiled_kernels(name, dtype, width):
     stage, inputs = STAGES[name]
-    assert_kernel_as_good_as_eager(stage, on_gpu(inputs(300, width, dtype=dtype)))
+    assert_kernel_as_good_as_eager(stage, inputs(300, width, dtype=dtype))
 
 
 @both
 def test_two_runs_agree_also_across_streams(name):
     stage, inputs = STAGES[name]
-    dense = on_gpu(inputs(5000, 512, gate="scalar", dtype=torch.bfloat16))
+    dense = inputs(5000, 512, gate="scalar", dtype=torch.bfloat16)
     first = run(stage, leaves(dense), dense[0])
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -35,7 +31,7 @@ def test_two_runs_agree_also_across_streams(name):
 @both
 def test_fresh_memory_does_not_shine_through(name):
     stage, inputs = STAGES[name]
-    dense = on_gpu(inputs(1000, 57))
+    dense = inputs(1000, 57)
     poison = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
     del poison
     assert all(x.isfinite().all() for x in run(stage, leaves(dense), dense[0]))
@@ -53,7 +49,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_no_host_synchronisation():
-    dense = on_gpu(STAGES["inject"][1](64, 512, gate="scalar"))
+    dense = STAGES["inject"][1](64, 512, gate="scalar")
     run(inject, leaves(dense), dense[0])
     torch.cuda.set_sync_debug_mode("error")
     try:

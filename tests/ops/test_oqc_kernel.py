@@ -1,8 +1,6 @@
 """The OQC kernels, in Triton's interpreter, against float64."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from oqc_cases import (
     run,
 )
 
-from p2k.core.mutation import mutated, survivors
+from p2k.core.mutation import survivors
 from p2k.core.tolerance import relative_errors, tolerance
 from p2k.ops.oqc import kernel, mutants
 
@@ -242,30 +240,6 @@ def test_bad_numbers_stay_in_their_token(name, bad, small_tiles):
 
 
 @both
-def test_gradcheck_through_the_interpreter(name, monkeypatch):
-    monkeypatch.setattr(kernel, "LAUNCH", {4: (2, 4)})
-    stage, inputs = STAGES[name]
-    for width, gate in ((3, "scalar"), (6, "token")):
-        # A power of two, because the interpreter hands scalars over in float32.
-        assert torch.autograd.gradcheck(
-            lambda *x: stage(*x, eps=2**-10, **({} if name == "inject" else {"norm_eps": 2**-10})),
-            leaves(inputs(3, width, gate=gate, dtype=torch.float64)),
-            fast_mode=width > 4,
-        )
-
-
-@both
-def test_bfloat16_loads(name):
-    """The interpreter truncates bfloat16 stores, so what is read is compared where it is kept in float32."""
-    _, inputs = STAGES[name]
-    half = inputs(5, 33, dtype=torch.bfloat16)
-    epsilons = [1e-3] * (1 if name == "inject" else 2)
-    launch = getattr(kernel, f"{name}_forward")
-    same = launch(*[x.float() for x in half], *epsilons)
-    assert all(map(torch.equal, launch(*half, *epsilons)[1:], same[1:]))
-
-
-@both
 def test_no_second_derivative(name):
     stage, inputs = STAGES[name]
     x = leaves(inputs(3, 5))
@@ -287,43 +261,5 @@ def test_any_shape(name, leading, width, gate, seed):
     assert_kernel_as_good_as_eager(stage, inputs(*leading, width, gate=gate, seed=seed))
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.why)
-def test_planted_bug_is_caught(mutant):
-    assert survivors(kernel, [mutant], mutants.probe) == []
-
-
-FAR = """
-import sys, torch
-from p2k.ops.oqc import kernel
-from p2k.core.mutation import Mutant, mutated
-stride = 2**30 + 8
-storage = torch.from_file(sys.argv[1], shared=True, size=2 * stride + 8, dtype=torch.float16)
-main = torch.as_strided(storage, (3, 8), (stride, 1))
-main.copy_(torch.arange(24).reshape(3, 8))
-aux = torch.ones(3, 8, dtype=torch.float16)
-narrow = Mutant(".to(tl.int64) * ROWS", " * ROWS", "row offsets in 32 bits", 2)
-def same(module):
-    near, far = (module.inject_forward(x, aux, None, None, 1e-3)[0] for x in (main.clone(), main))
-    return torch.equal(near, far)
-if sys.argv[2] == "mutant":
-    with mutated(kernel, narrow) as broken:
-        sys.exit(0 if same(broken) else 1)
-sys.exit(0 if same(kernel) else 1)
-"""
-
-
-def test_row_offsets_beyond_32_bits(tmp_path):
-    """A sparse file stands for 4 GiB of memory; the mutant reads a wild address, so it runs on its own."""
-    sound, broken = (
-        subprocess.run([sys.executable, "-c", FAR, tmp_path / "far", kind], capture_output=True, text=True)
-        for kind in ("kernel", "mutant")
-    )
-    assert sound.returncode == 0, sound.stderr
-    assert broken.returncode != 0
-
-
-def test_small_launch_table_is_not_what_ships():
-    with mutated(kernel, mutants.MUTANTS[0]) as broken:
-        assert broken is not kernel
-        assert broken.LAUNCH == kernel.LAUNCH
-        assert max(kernel.LAUNCH) == 4096
+def test_no_planted_bug_survives():
+    assert [mutant.why for mutant in survivors(kernel, mutants.MUTANTS, mutants.probe)] == []
