@@ -9,9 +9,11 @@ from p2k.core.errors import BackendUnavailable
 from p2k.core.seeding import generator
 from p2k.core.tolerance import relative_errors, tolerance
 from p2k.linalg.projection import cosine_overlap
+from p2k.nn.ffn import GLUFeedForward
 from p2k.nn.injection import DynamicGate, PlainAdd, ProjectOffDirection, ProjectOffMain, StaticGate
-from p2k.nn.oqc import FEED_FORWARDS, build_feed_forward
+from p2k.nn.oqc import FEED_FORWARDS, OQCLowRankFeedForward, build_feed_forward
 from p2k.nn.quadratic import QuadraticFeatures
+from p2k.nn.rank_space import TiedRankSpace, UntiedRankSpace
 
 DIM, HIDDEN, RANK, GRID = 24, 48, 6, (3, 4)
 HOSTS = ["gelu", "glu", "afbo"]
@@ -262,3 +264,24 @@ def test_controls_share_everything_but_the_injection():
     for (name, first), (other, second) in zip(full.named_parameters(), control.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(first, second)
+
+
+def test_squares_are_of_the_preactivation():
+    module, x = build("gelu+squares"), tokens(2)
+    preactivation = F.linear(x, module.host.up.weight, module.host.up.bias)
+    expected = F.gelu(preactivation) + 0.3 * preactivation**2
+    torch.testing.assert_close(module.hidden(x), expected)
+
+
+@pytest.mark.parametrize("space", [UntiedRankSpace, TiedRankSpace])
+@pytest.mark.parametrize("gate", [StaticGate(), DynamicGate(DIM)])
+def test_low_rank_takes_gates(space, gate):
+    torch.manual_seed(0)
+    module, x = OQCLowRankFeedForward(GLUFeedForward(DIM, HIDDEN), RANK, gate, space=space), tokens(2)
+    gated, main = module.hidden(x), module.host.hidden(x)
+    branches = module.branches(x)
+    torch.testing.assert_close(main + branches.injected, gated)
+    module.gate = None
+    # Both gates start at the same factor.
+    start = torch.sigmoid(torch.tensor(-2.0))
+    torch.testing.assert_close(gated - main, start * (module.hidden(x) - main), rtol=1e-4, atol=1e-6)

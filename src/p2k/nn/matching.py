@@ -59,7 +59,7 @@ def match_hidden(
 
     below, above = _bracket(op, count, budget)
     matches = [Match(steps * multiple_of, total, total / budget - 1) for steps, total in (below, above)]
-    best = min(matches, key=lambda match: (abs(match.gap), match.hidden))
+    best = min(matches, key=lambda match: (abs(match.parameters - budget), match.hidden))
     if abs(best.gap) > tolerance:
         nearest = " and ".join(f"{match.parameters:,} at width {match.hidden}" for match in matches)
         raise BudgetUnreachable(
