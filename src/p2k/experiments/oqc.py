@@ -52,7 +52,7 @@ def compare_on_digits(
     arms: Sequence[str] = DIGITS_ARMS,
     *,
     seeds: Sequence[int] = range(5),
-    epochs: int = 20,
+    epochs: int = 16,
     rates: Sequence[float] = (3e-3, 1e-2),
     device: torch.device | str = "cpu",
     progress: bool = True,
