@@ -131,14 +131,10 @@ def train(
     mark = run_fingerprint(model, {**asdict(config), "seed": seed, "data": data.checksum})
     path = Path(out_dir) / "checkpoint.pt" if out_dir is not None else None
     with _own_random_state(seed, device):
-        first, losses = 0, torch.zeros(0, dtype=torch.float64)
-        if path is not None and resume and path.exists():
-            state = load_checkpoint(path, model, optimizer, fingerprint=mark)
-            first, losses = state["epoch"], state["losses"]
+        first, losses = _resume(path if resume else None, model, optimizer, mark)
         wrapped = world.wrap(model)
-        bar = tqdm(
-            total=config.epochs, initial=first, unit="epoch", leave=False, disable=not (progress and world.is_main)
-        )
+        quiet = not (progress and world.is_main)
+        bar = tqdm(desc=f"seed {seed}", total=config.epochs, initial=first, unit="epoch", leave=False, disable=quiet)
         with bar:
             for epoch in range(first, config.epochs):
                 new = _train_epoch(wrapped, optimizer, feed, world=world, seed=seed, epoch=epoch)
@@ -231,6 +227,16 @@ def _train_epoch(
             f"the training loss became {found[step - epoch * feed.steps]} at step {step}: lower learning_rate"
         )
     return found
+
+
+def _resume(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[int, Tensor]:
+    """First epoch to train and the losses before it, from the checkpoint if there is one."""
+    if path is None or not path.exists():
+        return 0, torch.zeros(0, dtype=torch.float64)
+    state = load_checkpoint(path, model, optimizer, fingerprint=fingerprint)
+    return state["epoch"], state["losses"]
 
 
 @contextmanager
