@@ -111,8 +111,7 @@ def renew_readme(root: Path) -> None:
     for paper in load_catalogue(root).chapters:
         status = chapter_status(root, paper.slug)
         rows.append(f"| [{paper.slug}](notebooks/{paper.slug}.ipynb) | {paper.title} | {status} |")
-    old = readme.read_text(encoding="utf-8") if (readme := root / "README.md").is_file() else ""
     table = "\n".join([*rows, "<!-- /chapters -->"])
-    new = re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, old, flags=re.S)
-    if new != old:
+    old = readme.read_text(encoding="utf-8") if (readme := root / "README.md").is_file() else ""
+    if (new := re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, old, flags=re.S)) != old:
         write_atomic(readme, new)
