@@ -51,9 +51,8 @@ def run_chapter(root: Path, slug: str, profile: str = "cpu", *, device: str = "a
             raise P2KError(f"notebooks/{slug}.ipynb: the parameters cell does not declare {', '.join(sorted(unknown))}")
         parameters |= {name: given[name] for name in given.keys() & names.keys()}
         started = time.perf_counter()
-        with mock.patch.dict(
-            os.environ, kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
-        ):
+        environment = kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
+        with mock.patch.dict(os.environ, environment):
             result = _execute(root, slug, parameters, work, limit=PROFILES[profile])
         seconds = round(time.perf_counter() - started, 1)
         _record(result := clean(result), root, slug, profile=profile, device=chosen, seconds=seconds)
