@@ -81,7 +81,7 @@ def build(strict: bool = True, execute: bool = True) -> None:
         runner.run_chapter(root, slug)
     renew_readme(root)
     options = ["-W", "--keep-going"] if strict else []
-    if subprocess.run([sys.executable, "-m", "jupyter_book", "build", ".", *options], cwd=root).returncode:
+    if subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", ".", *options], cwd=root).returncode:
         raise P2KError("the site was not built: jupyter-book's messages are above")
     console.print(f"open {root / '_build' / 'html' / 'index.html'}\nor serve it: p2k serve")
 
