@@ -72,16 +72,17 @@ def stale_chapters(root: Path) -> list[str]:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """Strip what differs from run to run: injected cells, counts, timings, stderr and papermill's own metadata."""
+    """Strip what differs from run to run: injected cells, timings, stderr and papermill's own metadata."""
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "injected-parameters")]
     notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {key: cell.metadata[key] for key in cell.metadata if key not in ("papermill", "execution")}
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in (output for output in cell.outputs if output.output_type == "execute_result"):
-                output.execution_count = None
+    # Counts start at 1 whatever was injected; nbval takes a cell without a count for one that never ran.
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell.execution_count = number
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in (output for output in cell.outputs if output.output_type == "execute_result"):
+            output.execution_count = number
     return reads(writes(notebook), as_version=4)
 
 
