@@ -43,14 +43,15 @@ def test_files_and_functions_are_short(path):
     tree, text = ast.parse(path.read_text()), path.read_text()
     assert len(text.splitlines()) <= (400 if path.name == "kernel.py" else 300)
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    # A Triton program takes a pointer and a stride per tensor; it has no keyword arguments to hide them in.
-    jitted = {f.name for f in functions if "triton.jit" in {ast.unparse(d).partition("(")[0] for d in f.decorator_list}}
     for function in functions:
         assert function.end_lineno - function.lineno + 1 <= 60, function.name
-        arguments = function.args
-        positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args) if a.arg not in ("self", "cls", "ctx")]
-        if function.name not in jitted and path.name not in ("kernel.py", "registration.py"):
-            assert len(positional) + len(arguments.kwonlyargs) <= 8, function.name
+
+
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")], ids=lambda words: words[0])
+def test_ruff_has_nothing_to_say(words):
+    """Among its rules: at most 8 arguments, and no comparison without effect in a test."""
+    run = subprocess.run([Path(sys.executable).with_name("ruff"), *words], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 def test_the_machinery_stays_smaller_than_the_methods():
@@ -111,8 +112,9 @@ def test_a_literal_tolerance_has_a_reason(path):
     text = path.read_text().splitlines()
     for node in ast.walk(ast.parse("\n".join(text))):
         if isinstance(node, ast.keyword) and node.arg in ("atol", "rtol") and isinstance(node.value, ast.Constant):
-            explained = [line for line in text[max(0, node.value.lineno - 2) : node.value.lineno] if "#" in line]
-            assert node.value.value == 0 or explained, f"line {node.value.lineno}: say why {node.arg} is that large"
+            # The sentence stands on the line or within the three above, where one comment may serve two comparisons.
+            near = text[max(0, node.value.lineno - 4) : node.value.lineno]
+            assert node.value.value == 0 or any("#" in line for line in near), f"line {node.value.lineno}: say why"
 
 
 def test_no_test_is_skipped_or_rerun():

@@ -77,7 +77,7 @@ def set_stream(name, text):
         (replace_text(" (eq:tiny-double)", ""), "displayed equation with label None"),
         (replace_text("(eq:tiny-double)", "(eq:tiny-half)"), "equation eq:tiny-half has neither claim nor reason"),
         (lambda notebook: last(notebook).outputs.pop(), "no results table with a verdict"),
-        (lambda notebook: last(notebook).metadata.mystnb.pop("image"), "code cell 6 has a figure without alt text"),
+        (lambda notebook: last(notebook).metadata.mystnb.pop("image"), "code cell 6 has a figure without alt"),
         (lambda notebook: last(notebook).metadata.mystnb.pop("figure"), "code cell 6 has a figure without caption"),
         (replace_text("seeds = 5", "seeds = 4"), "the parameters cell differs from the cpu profile"),
         (replace_text("draw()", "draw()\n" * 26), "code cell 6 is longer than 25 lines"),
@@ -97,7 +97,7 @@ def test_each_rule_can_fail(complete, change, message):
 
 
 def test_a_slow_run_and_another_profile_are_named(complete):
-    assert complete(seconds=61.0) == ["chapter tiny took 61 s in the cpu profile, expected at most 60"]
+    assert complete(seconds=61.0) == ["chapter tiny took 61 s, expected at most 60"]
     assert complete(profile="smoke")[-1] == "chapter tiny has no stored run of the cpu profile: p2k run tiny"
 
 

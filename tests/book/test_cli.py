@@ -96,7 +96,7 @@ def test_build_runs_what_is_stale_once_and_renews_the_readme(call, root, built, 
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert ran == ["tiny"]
     assert "index.html" in second.output.replace("\n", "")
-    assert [words[1:] for words in built] == [["-m", "jupyter_book", "build", ".", "-W", "--keep-going"]] * 2
+    assert [words[1:] for words in built] == [["build", ".", "-W", "--keep-going"]] * 2
     text = (root / "README.md").read_text()
     assert "| [tiny](notebooks/tiny.ipynb) | A tiny paper | derived |" in text
     assert text.endswith("<!-- /chapters -->\n\nEnd.\n")
@@ -104,7 +104,7 @@ def test_build_runs_what_is_stale_once_and_renews_the_readme(call, root, built, 
 
 def test_build_can_leave_out_execution_and_strictness(call, built):
     assert call("build", "--no-execute", "--no-strict").exit_code == 0
-    assert built[0][1:] == ["-m", "jupyter_book", "build", "."]
+    assert built[0][1:] == ["build", "."]
 
 
 def test_a_failed_build_exits_with_one(call, monkeypatch):

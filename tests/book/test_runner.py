@@ -24,7 +24,7 @@ def test_a_run_stores_outputs_claims_and_provenance(root):
     notebook = read_notebook(root, "tiny")
     assert [cell.id for cell in notebook.cells] == ["tiny-0", "tiny-1", "tiny-2", "tiny-3"]
     assert notebook.cells[3].outputs[-1].text == "cpu 5\n"
-    assert notebook.cells[3].execution_count is None
+    assert [notebook.cells[number].execution_count for number in (1, 3)] == [1, 2]
     assert notebook.cells[3].metadata.tags == ["nbval-check-output"]
     assert "papermill" not in notebook.metadata
     run = read_provenance(root, "tiny")

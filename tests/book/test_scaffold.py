@@ -56,7 +56,7 @@ def test_a_new_chapter_lacks_exactly_what_is_left_to_fill(root):
 def test_a_known_paper_keeps_its_entry_and_the_files_their_comments(root):
     written = scaffold.new_chapter(root, "later-one", floors=("losses",))
     paper = load_catalogue(root)["later-one"]
-    assert (paper.title, paper.part, paper.floors) == ("A later paper", "B", ("losses", "notebook"))
+    assert (paper.title, paper.part, paper.floors) == ("A later paper", "B", ["losses", "notebook"])
     assert "  # kept as it is\n" in (root / "book" / "catalogue.yml").read_text()
     captions = [part["caption"] for part in yaml.safe_load((root / "_toc.yml").read_text())["parts"]]
     assert captions == ["First part", "Second part"]

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,6 @@ from p2k.core.errors import P2KError
 Status = Literal["planned", "derived", "verified", "reproduced", "benchmarked"]
 # Floors on which a paper may have a module of its own; `notebook` is its chapter.
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "notebook")
-SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Paper:
     wave: int | None = None
     code: str | None = None
     arxiv: str | None = None
-    authors: tuple[str, ...] = ()
+    authors: Sequence[str] = ()
     bib: str | None = None
-    floors: tuple[str, ...] = ()
+    floors: Sequence[str] = ()
     stem = property(lambda self: self.slug.replace("-", "_"))
 
 
@@ -77,7 +76,7 @@ def load_catalogue(root: Path) -> Catalogue:
     wrong = [
         f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)
     ]
-    papers = {slug: _paper(slug, entry) for slug, entry in raw["papers"].items()} if not wrong else {}
+    papers = {slug: Paper(slug, **entry) for slug, entry in raw["papers"].items()} if not wrong else {}
     wrong += [f"papers.{p.slug}.part: {p.part!r} is no part" for p in papers.values() if p.part not in raw["parts"]]
     if wrong:
         raise P2KError(f"book/catalogue.yml: {'; '.join(wrong)}")
@@ -87,12 +86,9 @@ def load_catalogue(root: Path) -> Catalogue:
 def read_yaml(path: Path) -> dict:
     """Load a YAML mapping; P2KError where it is missing or malformed."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise P2KError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise P2KError(f"{path.name}: expected a mapping at the top, got {type(raw).__name__}")
-    return raw
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise P2KError(f"{path.name} cannot be read as a mapping: {error}") from error
 
 
 def chapter_status(root: Path, slug: str) -> Status:
@@ -116,7 +112,3 @@ def chapter_status(root: Path, slug: str) -> Status:
     if all(record["experiment"].startswith("benchmark") for record in records):
         return "verified"
     return "benchmarked" if any(record["experiment"].startswith("benchmark") for record in records) else "reproduced"
-
-
-def _paper(slug: str, entry: dict) -> Paper:
-    return Paper(slug, **{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})

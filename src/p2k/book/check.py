@@ -33,7 +33,11 @@ def check_chapter(root: Path, slug: str) -> list[str]:
     for number, cell in enumerate(code_cells(notebook), start=1):
         found += [f"code cell {number} {gap}" for gap in (*_code_gaps(cell.source), *_output_gaps(root, cell))]
     gaps += [*_citation_gaps(root, keys), *(f"notebooks/{slug}.ipynb: {gap}" for gap in found)]
-    return [*gaps, *_run_gaps(root, slug)]
+    if (run := read_provenance(root, slug)) is None or run.profile != "cpu":
+        return [*gaps, f"chapter {slug} has no stored run of the cpu profile: p2k run {slug}"]
+    if changed := changed_parts(root, slug):
+        gaps += [f"chapter {slug} is stale, changed since its run: {', '.join(changed)}: p2k run {slug}"]
+    return gaps + ([f"chapter {slug} took {run.seconds:.0f} s, expected at most 60"] if run.seconds > 60 else [])
 
 
 def check_book(root: Path) -> list[str]:
@@ -77,7 +81,7 @@ def _entry_gaps(root: Path, paper: Paper) -> Iterator[str]:
             yield f"book/catalogue.yml: {paper.slug}: {field} is missing"
     profiles = read_yaml(root / "book" / "profiles.yml").get(paper.slug) or {}
     for profile in PROFILES:
-        if not profiles.get(profile) or profiles[profile].keys() != (profiles.get("cpu") or {}).keys():
+        if not profiles.get(profile) or {*profiles[profile]} != {*(profiles.get("cpu") or {})}:
             yield f"book/profiles.yml: {paper.slug}: profile {profile} is missing or has other parameters than cpu"
     if paper.slug not in {slug for _, slug in toc_chapters(root)}:
         yield f"_toc.yml: notebooks/{paper.slug} is missing"
@@ -101,16 +105,6 @@ def _floor_gaps(root: Path, paper: Paper) -> Iterator[str]:
                 yield f"{name} is missing"
             elif marks := re.findall(r"\bFILL: ([^\"\n]+)", path.read_text(encoding="utf-8")):
                 yield f"{name}: fill in {'; '.join(marks)}"
-
-
-def _run_gaps(root: Path, slug: str) -> Iterator[str]:
-    run, changed = read_provenance(root, slug), changed_parts(root, slug)
-    if run is None or run.profile != "cpu":
-        yield f"chapter {slug} has no stored run of the cpu profile: p2k run {slug}"
-    elif changed:
-        yield f"chapter {slug} is stale, changed since its run: {', '.join(changed)}: p2k run {slug}"
-    elif run.seconds > 60:
-        yield f"chapter {slug} took {run.seconds:.0f} s in the cpu profile, expected at most 60"
 
 
 def _prose_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[str]:
@@ -174,10 +168,9 @@ def _output_gaps(root: Path, cell: NotebookNode) -> Iterator[str]:
         if output.output_type == "error" or output.get("name") == "stderr":
             yield "has an error or stderr output"
         if any(mime.startswith("image/") for mime in data):
-            if not meta.get("image", {}).get("alt"):
-                yield "has a figure without alt text (metadata mystnb.image.alt)"
-            if not meta.get("figure", {}).get("caption"):
-                yield "has a figure without caption (metadata mystnb.figure.caption)"
+            for part, key in (("image", "alt"), ("figure", "caption")):
+                if not meta.get(part, {}).get(key):
+                    yield f"has a figure without {key} (metadata mystnb.{part}.{key})"
         yield from (f"has too large a {mime}" for mime, limit in _LIMITS.items() if len(data.get(mime, "")) > limit)
         text = output.get("text", "") + "".join(str(value) for mime, value in data.items() if mime.startswith("text/"))
         if str(root) in text or _ABSOLUTE.search(text):

@@ -81,7 +81,7 @@ def build(strict: bool = True, execute: bool = True) -> None:
         runner.run_chapter(root, slug)
     renew_readme(root)
     options = ["-W", "--keep-going"] if strict else []
-    if subprocess.run([sys.executable, "-m", "jupyter_book", "build", ".", *options], cwd=root).returncode:
+    if subprocess.run([Path(sys.executable).with_name("jupyter-book"), "build", ".", *options], cwd=root).returncode:
         raise P2KError("the site was not built: jupyter-book's messages are above")
     console.print(f"open {root / '_build' / 'html' / 'index.html'}\nor serve it: p2k serve")
 
@@ -111,8 +111,7 @@ def renew_readme(root: Path) -> None:
     for paper in load_catalogue(root).chapters:
         status = chapter_status(root, paper.slug)
         rows.append(f"| [{paper.slug}](notebooks/{paper.slug}.ipynb) | {paper.title} | {status} |")
-    old = readme.read_text(encoding="utf-8") if (readme := root / "README.md").is_file() else ""
     table = "\n".join([*rows, "<!-- /chapters -->"])
-    new = re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, old, flags=re.S)
-    if new != old:
+    old = readme.read_text(encoding="utf-8") if (readme := root / "README.md").is_file() else ""
+    if (new := re.sub(r"<!-- chapters -->.*?<!-- /chapters -->", lambda _: table, old, flags=re.S)) != old:
         write_atomic(readme, new)

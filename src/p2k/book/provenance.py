@@ -17,8 +17,8 @@ from p2k.core.syntax import canonical, import_closure
 class Provenance:
     """The record that the runner stamps into `metadata["p2k"]` of a notebook.
 
-    `claims` holds one `{"label", "verdict", "tolerance", "note"}` per claim, verdict `holds` or `no claim`;
-    `parts` maps each input of the digest to its own short hash, so that a stale chapter can say what changed.
+    A claim has a label, a verdict (`holds` or `no claim`), a tolerance and a note; `parts` maps each input of the
+    digest to a hash of its own, so that a stale chapter can say what changed.
     """
 
     profile: str
@@ -78,5 +78,5 @@ def changed_parts(root: Path, slug: str) -> list[str] | None:
     if stored is None:
         return None
     now = chapter_parts(root, slug, stored.profile)
-    changed = sorted(name for name in now.keys() | stored.parts.keys() if now.get(name) != stored.parts.get(name))
-    return changed or ([] if digest_of(now) == stored.digest else ["the digest itself"])
+    changed = {name for name in now.keys() | stored.parts.keys() if now.get(name) != stored.parts.get(name)}
+    return sorted(changed) or (["the record itself"] if stored.digest != digest_of(now) else [])

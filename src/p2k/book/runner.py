@@ -49,19 +49,16 @@ def run_chapter(root: Path, slug: str, profile: str = "cpu", *, device: str = "a
         names = declared(read_notebook(root, slug))
         if unknown := parameters.keys() - names.keys():
             raise P2KError(f"notebooks/{slug}.ipynb: the parameters cell does not declare {', '.join(sorted(unknown))}")
-        parameters |= {name: value for name, value in given.items() if name in names}
+        parameters |= {name: given[name] for name in given.keys() & names.keys()}
         started = time.perf_counter()
-        with mock.patch.dict(
-            os.environ, kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
-        ):
+        environment = kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
+        with mock.patch.dict(os.environ, environment):
             result = _execute(root, slug, parameters, work, limit=PROFILES[profile])
         seconds = round(time.perf_counter() - started, 1)
         _record(result := clean(result), root, slug, profile=profile, device=chosen, seconds=seconds)
-        target = notebook_path(root, slug)
-        if profile != "cpu" or out is not None:
-            out = out or root / "runs" / slug / profile
+        if out := out or (root / "runs" / slug / profile if profile != "cpu" else None):
             shutil.copytree(work, out, dirs_exist_ok=True)
-            target = out / f"{slug}.ipynb"
+        target = out / f"{slug}.ipynb" if out else notebook_path(root, slug)
         for path in sorted(work.rglob("*.json")) if profile == "gpu" else []:
             write_atomic(root / "book" / "results" / slug / path.name, path.read_text(encoding="utf-8"))
         write_atomic(target, writes(result).rstrip("\n") + "\n")
@@ -75,17 +72,17 @@ def stale_chapters(root: Path) -> list[str]:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """Strip what differs from run to run: injected cells, counts, timings, stderr and papermill's own metadata."""
+    """Strip what differs from run to run: injected cells, timings, stderr and papermill's own metadata."""
     notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "injected-parameters")]
-    notebook.metadata.pop("papermill", None)
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {key: cell.metadata[key] for key in cell.metadata if key not in ("papermill", "execution")}
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-            for output in cell.outputs:
-                output.update({"execution_count": None} if output.output_type == "execute_result" else {})
+    # Counts start at 1 whatever was injected; nbval takes a cell without a count for one that never ran.
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell.execution_count = number
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in (output for output in cell.outputs if output.output_type == "execute_result"):
+            output.execution_count = number
     return reads(writes(notebook), as_version=4)
 
 
@@ -103,7 +100,7 @@ def _parameters(root: Path, slug: str, profile: str, device: str) -> tuple[dict,
 
 
 def kernel_environment(root: Path, folder: Path, *, device: str = "cpu", network: bool = False) -> dict[str, str]:
-    """What a kernel inherits: one thread, this checkout's package, the interpreter on a CPU, no network unless asked."""
+    """What a kernel inherits: one thread, this checkout's package, interpreted kernels on a CPU, and no network."""
     startup = folder / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     if not network:
@@ -141,5 +138,5 @@ def _record(notebook: NotebookNode, root: Path, slug: str, *, profile: str, devi
         if marked and not tagged(cell, "nbval-check-output"):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "nbval-check-output"]
     parts, today = chapter_parts(root, slug, profile, notebook), datetime.datetime.now(datetime.UTC).date().isoformat()
-    made = (profile, device, device_name(device), versions(), today, seconds, digest_of(parts))
-    notebook.metadata["p2k"] = asdict(Provenance(*made, tuple(claims), parts)) | {"claims": claims}
+    made = Provenance(profile, device, device_name(device), versions(), today, seconds, digest_of(parts), (), parts)
+    notebook.metadata["p2k"] = asdict(made) | {"claims": claims}

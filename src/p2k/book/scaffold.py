@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nbformat import v4, writes
 
-from p2k.book.catalogue import FLOORS, SLUG, load_catalogue
+from p2k.book.catalogue import FLOORS, load_catalogue
 from p2k.book.check import floor_files
 from p2k.core.errors import P2KError
 from p2k.core.files import write_atomic
@@ -22,9 +22,9 @@ def new_chapter(root: Path, slug: str, *, floors: tuple[str, ...] = ("ops", "nn"
     """
     catalogue = load_catalogue(root)
     known = catalogue.papers.get(slug)
-    if not SLUG.fullmatch(slug):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", slug):
         raise P2KError(f"slug must be lower-case words joined by hyphens and start with a letter, got {slug!r}")
-    if not set(floors) <= set(FLOORS[:-1]) or part not in catalogue.parts:
+    if not {*floors} <= {*FLOORS[:-1]} or part not in catalogue.parts:
         raise P2KError(f"expected floors among {', '.join(FLOORS[:-1])} and a part of {', '.join(catalogue.parts)}")
     if known and known.floors:
         raise P2KError(f"chapter {slug!r} is begun already: p2k check {slug}")
@@ -59,7 +59,6 @@ def _new_files(root: Path, floors: tuple[str, ...], words: dict[str, str]) -> di
 
 
 def _fill(name: str, words: dict[str, str]) -> str:
-    """A template with its @words@ replaced."""
     text = (files("p2k.book") / "templates" / f"{name}.txt").read_text(encoding="utf-8")
     return re.sub(r"@(\w+)@", lambda match: words[match[1]], text)
 
