@@ -65,8 +65,10 @@ def site() -> Path:
     with FileLock(ROOT / "_build" / ".lock"):
         if not _is_current():
             command = [Path(sys.executable).with_name("jupyter-book"), "build", str(ROOT), "-W", "--keep-going"]
-            # The site is built as a reader's machine builds it: Triton is not interpreted.
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            # As `make book` builds it: Triton is not interpreted, and the copyright year is not that of the epoch.
+            environment = {
+                key: os.environ[key] for key in os.environ.keys() - {"TRITON_INTERPRET", "SOURCE_DATE_EPOCH"}
+            }
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if done.returncode:
                 warnings = [line for line in done.stderr.splitlines() if "WARNING" in line or "ERROR" in line]
