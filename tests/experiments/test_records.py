@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from p2k.core import files
 from p2k.core.errors import P2KError
-from p2k.experiments import files
 from p2k.experiments.records import ResultRecord, read_record, read_records, write_record
 
 RECORD = ResultRecord(

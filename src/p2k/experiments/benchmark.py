@@ -3,9 +3,7 @@
 import datetime
 import importlib
 import json
-import os
 import pkgutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -20,6 +18,7 @@ from p2k.core import benchmark
 from p2k.core.benchmark import Ceilings, Clock, Workload
 from p2k.core.device import device_name, version_of, versions
 from p2k.core.errors import P2KError
+from p2k.core.files import write_atomic
 
 SCHEMA = 1
 RECORD_KEYS = {
@@ -161,17 +160,8 @@ def run(
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write through a temporary file in the same folder, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a benchmark file whole."""
+    write_atomic(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_file(path: Path) -> dict:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from p2k.core.errors import P2KError
-from p2k.experiments.files import write_atomically
+from p2k.core.files import write_atomically
 
 
 def run_fingerprint(model: nn.Module, settings: dict[str, Any]) -> str:

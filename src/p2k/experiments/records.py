@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from p2k.core.errors import P2KError
-from p2k.experiments.files import write_atomically
+from p2k.core.files import write_atomically
 
 SCHEMA = 1
 
