@@ -22,7 +22,7 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a benchmark file whole; ValueError for NaN or infinity, which JSON has no words for."""
-    write_atomic(path, json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_file(path: Path) -> dict:
