@@ -18,7 +18,7 @@ def _tilted_difference(log_a: Tensor, log_b: Tensor, k: Tensor) -> Tensor:
     underflowed the product would be 0 * inf: there the two terms ``(a^(1 - k) b^k - a) / k`` are taken apart.
     """
     a = log_a.exp()
-    gone = a <= torch.finfo(a.dtype).tiny
+    gone = a < 2 * torch.finfo(a.dtype).tiny
     at_zero = k == 0
     safe_k = torch.where(at_zero, 1.0, k)
     s = torch.where(gone, 0.0, log_b - torch.where(gone, 0.0, log_a))
@@ -76,8 +76,9 @@ def apo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Fit the anchored list policy p to a target q in the alpha-divergence.
 
-    It is ``(1 - sum(q^alpha p^(1 - alpha))) / (alpha (1 - alpha))`` for each list. Here ``alpha = 1`` is the forward KL(q || p), which covers the target, and ``alpha = 0`` the reverse KL(p || q),
-    which seeks its modes; both are accepted exactly. Between them the loss is at most ``1 / (alpha (1 - alpha))``.
+    It is ``(1 - sum(q^alpha p^(1 - alpha))) / (alpha (1 - alpha))`` for each list. Here ``alpha = 1`` is the forward
+    KL(q || p), which covers the target, and ``alpha = 0`` the reverse KL(p || q), which seeks its modes; both are
+    accepted exactly. Between them the loss is at most ``1 / (alpha (1 - alpha))``.
 
     Args:
         logps: log-probability of each candidate under the policy, in nats.
