@@ -10,8 +10,8 @@ from p2k.core.seeding import generator
 from p2k.core.tolerance import tolerance
 from p2k.losses.adpo import ADPOLoss, adpo_loss, decoupled_adpo_loss
 from p2k.losses.dpo import dpo_loss
-from p2k.losses.listwise import plackett_luce_loss
 from p2k.losses.lists import anchored_logits, informative
+from p2k.losses.listwise import plackett_luce_loss
 from p2k.losses.targets import best_target, pair_target, softmax_target, standardised_target
 
 TIGHT = tolerance(torch.float64)

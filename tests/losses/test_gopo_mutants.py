@@ -14,11 +14,11 @@ MUTANTS = [
     Mutant("free = ordered - candidates > -mu", "free = ordered - candidates > 0", "simplex at 0 instead of -mu"),
     Mutant("free = ordered - candidates > -mu", "free = ordered > -mu", "bound tested without the multiplier"),
     Mutant(".sort(-1, descending=True)", ".sort(-1)", "worst samples first"),
-    Mutant("last = (free.sum(-1, keepdim=True) - 1)", "last = free.sum(-1, keepdim=True)", "one sample too many"),
-    Mutant("last = (free.sum(-1, keepdim=True) - 1)", "last = (free.sum(-1, keepdim=True) - 2)", "one too few"),
+    Mutant("keepdim=True) - 1).clamp(min=0)", "keepdim=True)).clamp(max=g.shape[-1] - 1)", "one sample too many"),
+    Mutant("keepdim=True) - 1).clamp(min=0)", "keepdim=True) - 2).clamp(min=0)", "one sample too few"),
     Mutant("mass = pi.gather(-1, order)", "mass = pi", "weights left in the order of the input"),
     Mutant("lam = candidates.gather(-1, last) + center", "lam = candidates.gather(-1, last)", "center not restored"),
-    Mutant("torch.where(heavy, g - center, 0.0)", "g - center", "samples without mass take part"),
+    Mutant("torch.where(heavy, g - center, 0.0)", "(g - center)", "samples without mass take part"),
     Mutant("(mass * ordered).cumsum(-1)", "ordered.cumsum(-1)", "unweighted sum of drives"),
     Mutant("(mass * ordered).cumsum(-1)", "(mass * ordered).sum(-1, keepdim=True)", "total instead of prefix"),
     Mutant("- lam) / mu).clamp(min=-1.0), lam", "- lam) / mu).clamp(min=0.0), lam", "bound at no change"),
@@ -61,6 +61,10 @@ def wrong(module) -> bool:
         if (pi * module.linear_projection(g, mu, weights=weights)[0]).sum(-1).abs().max() > small:
             return True
     keep = weightings[-1] > 0
+    poisoned = torch.where(keep, g, torch.nan)
+    clean = module.water_fill(g, mu, weights=keep)
+    if not (module.water_fill(poisoned, mu, weights=keep) - clean).abs().max() < small:
+        return True
     logps = torch.randn(4, 7, generator=generator(1), dtype=torch.float64).requires_grad_()
     old = torch.zeros_like(g)
     change, _ = gopo.bounded_projection(g, mu, weights=keep)
