@@ -450,3 +450,10 @@ def test_pair_metrics_and_reference_free():
     assert {name: tensor.item() for name, tensor in metrics.items()} == expected
     with pytest.raises(ValueError, match="pass both reference"):
         dpo_loss(chosen, rejected, zero, None)
+
+
+def test_a_pair_with_an_impossible_loser_has_no_loss():
+    chosen, zero = torch.zeros(1, requires_grad=True), torch.zeros(1)
+    loss, _ = dpo_loss(chosen, torch.full((1,), -torch.inf), zero, zero)
+    assert loss == 0
+    assert gradient(loss, chosen) == 0

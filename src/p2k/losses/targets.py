@@ -62,9 +62,7 @@ def standardised_target(
     check_positive("standardised_target", eps=eps)
     values = wide(rewards.detach())
     keep = as_mask(mask, values)
-    # The best comes off first, so that equal rewards are exactly centred: a rounding error over eps would not be small.
-    gap = values - torch.where(keep, values, -torch.inf).amax(-1, keepdim=True)
-    centred = gap - masked_mean(gap, keep, -1).unsqueeze(-1)
+    centred = values - masked_mean(values, keep, -1).unsqueeze(-1)
     degrees = (keep.sum(-1, keepdim=True) - 1).clamp(min=1)
     deviation = (masked_sum(centred.square(), keep, -1).unsqueeze(-1) / degrees).sqrt()
     return softmax_target(centred / (deviation + eps), beta_reward=beta_reward, mask=keep)
