@@ -62,7 +62,7 @@ class GPTConfig:
 
 # Widths and depths by name; `gpt_preset` adds vocabulary and context. Parameters without embeddings: 12 dim^2 depth.
 GPT_PRESETS: dict[str, dict[str, int]] = {
-    "cpu-tiny": {"dim": 32, "depth": 2, "heads": 2},
+    "cpu-tiny": {"dim": 32, "depth": 1, "heads": 2},
     "cpu": {"dim": 64, "depth": 2, "heads": 4},
     "gpu-10m": {"dim": 384, "depth": 6, "heads": 6},
     "gpu-25m": {"dim": 512, "depth": 8, "heads": 8},
