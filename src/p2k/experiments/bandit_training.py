@@ -128,7 +128,8 @@ METHODS = (
 
 def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: float = 5e-3) -> dict[str, Tensor]:
     """The policies that all methods start from: cross-entropy to the best item on clean data."""
-    parameters = _trainable(initial_parameters(data.seeds, width))
+    initial = initial_parameters(data.seeds, width)
+    parameters = _trainable({name: tensor.to(data.contexts) for name, tensor in initial.items()})
     optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
     for contexts, best in zip(data.warm_contexts, data.warm_best, strict=True):
         chosen = item_log_probs(parameters, contexts).gather(-1, best[..., None])

@@ -106,7 +106,7 @@ def warm_start(data: ArithmeticData, config: RLVRConfig) -> GPT:
     """Supervised start on training problems with a random accepted answer each: a policy that is sometimes right."""
     model = build_policy(data, config.preset, config.seed)
     random = generator(config.seed, data.prompts.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.warm_learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.warm_learning_rate, fused=True)
     for _ in range(config.warm_steps):
         draw = torch.randint(len(data.train), (config.warm_batch,), generator=random, device=random.device)
         problems = data.train[draw]
@@ -146,7 +146,7 @@ def train_policy(
     """
     began = time.perf_counter()
     random = generator(config.seed + 1_000_003, data.prompts.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     fingerprint = run_fingerprint(model, {"arm": arm.name, "task": data.name, **asdict(config)})
     history: dict[str, list[float]] = {}
     stopped = ""
@@ -210,6 +210,7 @@ def _improve(
     rollout = sample_rollout(model, data, random, resample=arm.resample, **options)
     advantages = arm.advantages(rollout, size)
     metrics: list[dict[str, Tensor]] = []
+    parameters = list(model.parameters())
     for iteration in range(config.num_iterations):
         for rows in rollout.minibatches(config.minibatches, size, random):
             part = rollout.rows(rows)
@@ -219,7 +220,7 @@ def _improve(
             loss, own = arm.loss(logps, part, advantages[rows], size)
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             last = iteration + 1 == config.num_iterations
             metrics.append(_watch(logps.detach(), entropy, part, norm, last) | {f"loss/{k}": v for k, v in own.items()})
