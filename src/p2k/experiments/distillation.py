@@ -84,7 +84,7 @@ def student_mean(parameters: Parameters, states: Float[Tensor, "seeds batch stat
 
 
 def gaussian_logp(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of a diagonal Gaussian up to the constant ``log(2 pi) / 2`` per dimension, which no list loss sees."""
+    """Log-density of a diagonal Gaussian without its constant ``log(2 pi) / 2`` per dimension, which no list sees."""
     return (-0.5 * ((actions - mean) / log_std.exp()).square() - log_std).sum(-1)
 
 

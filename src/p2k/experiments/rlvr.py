@@ -14,7 +14,7 @@ from p2k.core.seeding import generator
 from p2k.data.arithmetic import PAD, VOCAB_SIZE, ArithmeticData
 from p2k.experiments.checkpoint import load_checkpoint, run_fingerprint, save_checkpoint
 from p2k.experiments.rlvr_arms import Arm
-from p2k.experiments.rollout import Rollout, accuracy, sample_rollout
+from p2k.experiments.rollout import Rollout, accuracy, diversity, sample_rollout
 from p2k.models.generation import completion_logps
 from p2k.models.gpt import GPT, gpt_preset
 
@@ -40,15 +40,15 @@ class RLVRConfig:
     """
 
     preset: str = "cpu-tiny"
-    warm_steps: int = 100
+    warm_steps: int = 75
     warm_batch: int = 64
     warm_learning_rate: float = 3e-3
-    rollouts: int = 60
-    prompts: int = 16
+    rollouts: int = 50
+    prompts: int = 32
     num_generations: int = 8
     num_iterations: int = 2
-    minibatches: int = 4
-    learning_rate: float = 2e-3
+    minibatches: int = 2
+    learning_rate: float = 1e-3
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     max_kl: float = 10.0
@@ -79,6 +79,7 @@ class RLVRResult:
         history: per rollout ``reward``, ``entropy``, ``kl``, ``grad_norm``, ``length``, ``sampled`` and the quantiles
             ``log_ratio/low`` and ``log_ratio/high`` (5 and 95 %) of the sequence log-ratios after the updates.
         train_accuracy, held_out_accuracy: greedy, after the run.
+        sampled: `p2k.experiments.rollout.diversity` on (at most 512) training problems, after the run.
         stopped: ``""``, or the guard that ended the run: ``nan``, ``kl`` or ``collapse``.
         seconds: wall-clock time without the warm start.
         state: the final parameters (those before the failing rollout, where a guard stopped on ``nan``).
@@ -89,6 +90,7 @@ class RLVRResult:
     history: Mapping[str, list[float]]
     train_accuracy: float
     held_out_accuracy: float
+    sampled: Mapping[str, float]
     stopped: str
     seconds: float
     state: Mapping[str, Tensor] = field(repr=False)
@@ -176,6 +178,7 @@ def train_policy(
         history=history,
         train_accuracy=accuracy(model, data, data.train),
         held_out_accuracy=accuracy(model, data, data.held_out),
+        sampled=diversity(model, data, data.train[:512], generator(config.seed + 2_000_003, data.prompts.device)),
         stopped=stopped,
         seconds=time.perf_counter() - began,
         state={name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
@@ -232,7 +235,7 @@ def _improve(
 
 
 def _watch(logps: Tensor, entropy: Tensor, part: Rollout, norm: Tensor, last: bool) -> dict[str, Tensor]:
-    """Detached metrics of a minibatch; the distances to the old policy only on the last pass, where they are largest."""
+    """Detached metrics of a minibatch; distances to the old policy on the last pass only, where they are largest."""
     tokens = part.mask.sum()
     found = {"grad_norm": norm.detach(), "entropy": entropy.sum() / tokens}
     if last:
