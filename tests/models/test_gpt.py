@@ -107,6 +107,7 @@ def test_sampling_follows_the_distribution_and_never_draws_zero_probability():
     assert float((share - probabilities).abs().max()) < 5 * 0.5 / 200_000**0.5
     edge = torch.tensor(1.0 - 2**-24)
     assert int(choose_tokens(probabilities.log(), edge)) == 4
+    assert int(choose_tokens(probabilities.log(), torch.tensor(0.0))) == 1
 
 
 def test_presets_hold_the_parameters_their_names_say():

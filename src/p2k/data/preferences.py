@@ -128,21 +128,15 @@ def make_preferences(
         base = torch.randn(steps, batch, CONTEXT, generator=random)
         items = torch.rand(steps, batch, ITEMS, generator=random).argsort(-1)[..., :candidates]
         tests = torch.randn(test, CONTEXT, generator=random)
+        shared = {"warm_contexts": warm, "warm_best": teacher(warm).argmax(-1), "items": items}
+        shared |= {"test_contexts": tests, "test_rewards": teacher(tests)}
         for scenario in scenarios:
             contexts = base + 0.5 * scenario.shift
             clean = teacher(contexts) + scenario.shift * teacher.item_bias
             # Common random numbers: the scenarios of a seed corrupt with the same draws.
             noise = generator(seed + 1_000_003)
-            environment = {
-                "warm_contexts": warm,
-                "warm_best": teacher(warm).argmax(-1),
-                "contexts": contexts,
-                "items": items,
-                "rewards": _corrupt(clean.gather(-1, items), scenario, noise),
-                "test_contexts": tests,
-                "test_rewards": teacher(tests),
-            }
-            for name, tensor in environment.items():
+            training = {"contexts": contexts, "rewards": _corrupt(clean.gather(-1, items), scenario, noise)}
+            for name, tensor in {**shared, **training}.items():
                 columns.setdefault(name, []).append(tensor)
     data = {name: torch.stack(column, 0 if name.startswith("test") else 1) for name, column in columns.items()}
     return PreferenceData(

@@ -43,7 +43,7 @@ class RLVRConfig:
     warm_steps: int = 75
     warm_batch: int = 64
     warm_learning_rate: float = 3e-3
-    rollouts: int = 50
+    rollouts: int = 40
     prompts: int = 32
     num_generations: int = 8
     num_iterations: int = 2
@@ -138,8 +138,7 @@ def train_policy(
         data: task, on the model's device.
         arm: the method, see `p2k.experiments.rlvr_arms.ARMS`.
         config: settings.
-        checkpoint: file to resume from if it exists and to write while training; the resumed run ends in the same
-            bits as an uninterrupted one.
+        checkpoint: file to write while training, and to resume from if it exists: bit for bit as if never stopped.
         checkpoint_every: rollouts between writes.
         progress: show a bar.
 
@@ -150,8 +149,7 @@ def train_policy(
     random = generator(config.seed + 1_000_003, data.prompts.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     fingerprint = run_fingerprint(model, {"arm": arm.name, "task": data.name, **asdict(config)})
-    history: dict[str, list[float]] = {}
-    stopped = ""
+    history, stopped = {}, ""
     if checkpoint is not None and checkpoint.exists():
         saved = load_checkpoint(checkpoint, model, optimizer, fingerprint=fingerprint)
         history, stopped = saved["history"], saved["stopped"]
@@ -161,7 +159,7 @@ def train_policy(
         for number in range(start, config.rollouts):
             if stopped:
                 break
-            before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            before = _copy(model)
             for name, value in _improve(model, data, arm, config, optimizer, random).items():
                 history.setdefault(name, []).append(value)
             stopped = guard(history, config)
@@ -181,7 +179,7 @@ def train_policy(
         sampled=diversity(model, data, data.train[:512], generator(config.seed + 2_000_003, data.prompts.device)),
         stopped=stopped,
         seconds=time.perf_counter() - began,
-        state={name: tensor.detach().clone() for name, tensor in model.state_dict().items()},
+        state=_copy(model),
     )
 
 
@@ -244,3 +242,7 @@ def _watch(logps: Tensor, entropy: Tensor, part: Rollout, norm: Tensor, last: bo
         found["kl"] = (torch.expm1(difference) - difference).sum() / tokens
         found["log_ratio/low"], found["log_ratio/high"] = torch.quantile(sequence, sequence.new_tensor([0.05, 0.95]))
     return found
+
+
+def _copy(model: GPT) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,5 +1,6 @@
 """What is compared in the RLVR loop: a recipe of advantage and loss, with what the task must tell it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,7 +64,7 @@ class Arm:
 
 def guarded(mean_logps: Tensor, advantages: Tensor) -> dict[str, Tensor]:
     """Alpha of APO lowered while the policy is sure and the rewards are good."""
-    certainty = confidence(mean_logps, float(torch.tensor(VOCAB_SIZE).log()))
+    certainty = confidence(mean_logps, math.log(VOCAB_SIZE))
     return {"alpha": guarded_alpha(certainty, improvement(advantages))}
 
 
