@@ -14,20 +14,17 @@ from p2k.losses.reduction import as_mask, reduce
 def _tilted_difference(log_a: Tensor, log_b: Tensor, k: Tensor) -> Tensor:
     """``a * expm1(k * (log b - log a)) / k`` entry by entry, with its limit ``a * (log b - log a)`` at k = 0.
 
-    Where b is much larger than a the exponential would overflow although the product does not, and where a has
-    underflowed the product would be 0 * inf: there the two terms ``(a^(1 - k) b^k - a) / k`` are taken apart.
+    Where a has underflowed the product would be 0 * inf: there its first term ``a^(1 - k) b^k / k`` is left, which is
+    computed in logarithms. Elsewhere ``b / a`` fits the dtype because b is at most 1.
     """
     a = log_a.exp()
-    gone = a <= torch.finfo(a.dtype).tiny
+    gone = a < 2 * torch.finfo(a.dtype).tiny
     at_zero = k == 0
     safe_k = torch.where(at_zero, 1.0, k)
     s = torch.where(gone, 0.0, log_b - torch.where(gone, 0.0, log_a))
-    x = k * s
-    apart = x > 1
-    near = a * torch.where(at_zero, s, torch.expm1(torch.where(apart, 0.0, x)) / safe_k)
+    near = a * torch.where(at_zero, s, torch.expm1(k * s) / safe_k)
     mixed = torch.where(k == 1, log_b, safe_k * log_b + (1 - safe_k) * log_a)
-    far = (mixed.exp() - a) / safe_k
-    return torch.where(at_zero, torch.where(gone, 0.0, near), torch.where(apart | gone, far, near))
+    return torch.where(gone & ~at_zero, (mixed.exp() - a) / safe_k, near)
 
 
 class _AlphaDivergence(torch.autograd.Function):
@@ -76,8 +73,9 @@ def apo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Fit the anchored list policy p to a target q in the alpha-divergence.
 
-    It is ``(1 - sum(q^alpha p^(1 - alpha))) / (alpha (1 - alpha))`` for each list. Here ``alpha = 1`` is the forward KL(q || p), which covers the target, and ``alpha = 0`` the reverse KL(p || q),
-    which seeks its modes; both are accepted exactly. Between them the loss is at most ``1 / (alpha (1 - alpha))``.
+    It is ``(1 - sum(q^alpha p^(1 - alpha))) / (alpha (1 - alpha))`` for each list. Here ``alpha = 1`` is the forward
+    KL(q || p), which covers the target, and ``alpha = 0`` the reverse KL(p || q), which seeks its modes; both are
+    accepted exactly. Between them the loss is at most ``1 / (alpha (1 - alpha))``.
 
     Args:
         logps: log-probability of each candidate under the policy, in nats.

@@ -42,10 +42,9 @@ def plackett_luce_loss(
     check_lists(op, logps, ref_logps=ref_logps, rewards=rewards)
     keep = as_mask(mask, logps)
     u = anchored_logits(logps, ref_logps, tau=resolve_temperature(op, tau, beta), mask=keep)
-    order = torch.where(keep, rewards.detach().to(u.dtype), -torch.inf).argsort(-1, descending=True, stable=True)
+    order = torch.where(keep, rewards.detach().to(u.dtype), -torch.inf).argsort(dim=-1, descending=True, stable=True)
     present = keep.gather(-1, order)
-    # A finite floor instead of -inf: logcumsumexp would return NaN gradients for a leading run of -inf.
-    ranked = torch.where(present, u.gather(-1, order), torch.finfo(u.dtype).min / 4)
+    ranked = u.gather(-1, order)
     still_open = ranked.flip(-1).logcumsumexp(-1).flip(-1)
     losses = torch.where(present, still_open - ranked, 0.0).sum(-1)
     metrics = list_metrics(u.log_softmax(-1), best_target(rewards, mask=keep).to(u.dtype), logps - ref_logps, keep)
