@@ -49,7 +49,7 @@ def test_two_steps_equal_hand_written_adamw() -> None:
         grads = torch.autograd.grad(loss, list(expected.parameters()))
         with torch.no_grad():
             for (name, p), g in zip(expected.named_parameters(), grads, strict=True):
-                if p.ndim == 2 and name != "position":
+                if p.ndim == 2:
                     p.mul_(1 - rate * 0.1)
                 first[name] = 0.9 * first[name] + 0.1 * g
                 second[name] = 0.999 * second[name] + 0.001 * g * g
@@ -75,7 +75,7 @@ def test_only_matrices_decay() -> None:
     model = ToyNet()
     decayed, kept = make_optimizer(model, CONFIG).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in decayed["params"]} == {"embed.weight", "mix.weight", "head.weight"}
+    assert {names[id(p)] for p in decayed["params"]} == {"embed.weight", "position", "mix.weight", "head.weight"}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 

@@ -34,10 +34,6 @@ class ToyNet(nn.Module):
             self.head = nn.Linear(8, 3)
         self.dropout = nn.Dropout(dropout)
 
-    def no_weight_decay(self) -> set[str]:
-        """Position tables are not decayed."""
-        return {"position"}
-
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images.flatten(2).mT.to(self.embed.weight.dtype)) + self.position
         q, k, v = self.mix(self.norm(x)).chunk(3, dim=-1)

@@ -19,6 +19,7 @@ from p2k.data import ImageData, as_float
 from p2k.data.augment import normalise, random_crop, random_horizontal_flip
 from p2k.experiments.checkpoint import load_checkpoint, run_fingerprint, save_checkpoint
 from p2k.experiments.distributed import World, current_world
+from p2k.nn.matching import decay_groups
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,10 @@ def train(
     mark = run_fingerprint(model, {**asdict(config), "seed": seed, "data": data.checksum})
     path = Path(out_dir) / "checkpoint.pt" if out_dir is not None else None
     with _own_random_state(seed, device):
-        first, losses = 0, torch.zeros(0, dtype=torch.float64)
-        if path is not None and resume and path.exists():
-            state = load_checkpoint(path, model, optimizer, fingerprint=mark)
-            first, losses = state["epoch"], state["losses"]
+        first, losses = _resume(path if resume else None, model, optimizer, mark)
         wrapped = world.wrap(model)
-        bar = tqdm(
-            total=config.epochs, initial=first, unit="epoch", leave=False, disable=not (progress and world.is_main)
-        )
+        quiet = not (progress and world.is_main)
+        bar = tqdm(desc=f"seed {seed}", total=config.epochs, initial=first, unit="epoch", leave=False, disable=quiet)
         with bar:
             for epoch in range(first, config.epochs):
                 new = _train_epoch(wrapped, optimizer, feed, world=world, seed=seed, epoch=epoch)
@@ -194,23 +191,8 @@ class Feed:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves biases, norms, gates and position tables alone."""
-    keep = undecayed(model)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if name not in keep], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if name in keep], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
-
-
-def undecayed(model: nn.Module) -> set[str]:
-    """Names of parameters that weight decay skips: vectors, scalars, and what a module's `no_weight_decay` lists."""
-    names = {name for name, p in model.named_parameters() if p.ndim < 2}
-    for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
-    return names
+    """AdamW whose decay spares vectors, scalars and gates."""
+    return torch.optim.AdamW(decay_groups(model, config.weight_decay), lr=config.learning_rate)
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -245,6 +227,16 @@ def _train_epoch(
             f"the training loss became {found[step - epoch * feed.steps]} at step {step}: lower learning_rate"
         )
     return found
+
+
+def _resume(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str
+) -> tuple[int, Tensor]:
+    """First epoch to train and the losses before it, from the checkpoint if there is one."""
+    if path is None or not path.exists():
+        return 0, torch.zeros(0, dtype=torch.float64)
+    state = load_checkpoint(path, model, optimizer, fingerprint=fingerprint)
+    return state["epoch"], state["losses"]
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from p2k.core.errors import P2KError
 from p2k.data import ImageData
-from p2k.experiments.loop import Feed, TrainConfig, TrainResult, undecayed
+from p2k.experiments.loop import Feed, TrainConfig, TrainResult
+from p2k.nn.matching import decayed_names
 
 
 def train_stacked(
@@ -83,11 +84,11 @@ class _Stack:
         # A step of AdamW is proportional to its rate, so replicas with lower rates take a share of the fastest one's.
         self.peak, highest = max(rates), max(rates)
         self.shares = None if min(rates) == highest else [rate / highest for rate in rates]
-        keep = undecayed(self.template)
-        decayed = [p for name, p in self.parameters.items() if name not in keep]
-        kept = [p for name, p in self.parameters.items() if name in keep]
+        names = decayed_names(self.template)
+        decayed = [p for name, p in self.parameters.items() if name in names]
+        kept = [p for name, p in self.parameters.items() if name not in names]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.peak, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, fused=True)
 
     def step(self, images: Tensor, labels: Tensor, factor: float) -> Tensor:
         """One step of every replica on its own batch, ``[replicas, batch, ...]``; returns each loss."""

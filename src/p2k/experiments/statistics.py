@@ -1,8 +1,9 @@
 """Intervals and paired comparisons over seeds.
 
-Seeds are few, so read the intervals with care: the bootstrap resamples what it has, and with five values its 95 %
-interval covers the truth of normal values in about 86 of 100 cases, with eight in 89 (a test measures the former). `student_interval` holds its level there
-if the values are roughly normal. Both describe the scatter over seeds on one test set, not over test sets.
+Seeds are few, so read the intervals with care. The bootstrap resamples what it has: with five normal values its 95 %
+interval covers the truth in about 86 of 100 cases, with eight in 89 (a test measures the former). `student_interval`
+holds its level there if the values are roughly normal. Both describe the scatter over seeds on one test set, not over
+test sets.
 """
 
 import warnings
