@@ -68,10 +68,41 @@ def test_first_on_policy_step_of_relatives_coincides(gradients, first, second, f
 
 
 def test_first_steps_that_must_differ_do(gradients):
-    for first, second in (("grpo", "rloo"), ("dapo", "grpo"), ("adpo", "grpo"), ("apo", "apo-0"), ("gopo", "gopo-2")):
+    for first, second in (("grpo", "rloo"), ("dapo", "grpo"), ("adpo", "grpo"), ("dpo", "grpo"), ("gopo", "gopo-2")):
         a, b = gradients[first], gradients[second]
         assert torch.cosine_similarity(a, b, dim=0) < 0.9999
         assert torch.cosine_similarity(a, b, dim=0) > 0.5
+
+
+def test_methods_weigh_a_prompt_by_its_success_rate_only(data, start):
+    """On-policy and with binary rewards every gradient is (R - p) times a weight of p: derived in the chapter."""
+    weights = {
+        "rloo": lambda p: 4 / 3,
+        "grpo": lambda p: (4 / 3 * p * (1 - p)) ** -0.5,
+        "dpo": lambda p: 1 / (2 * p * (1 - p)),
+        "adpo": lambda p: _softmax_weight(p, 0.8, 0.5, (4 / 3 * p * (1 - p)) ** -0.5),
+        "gopo": lambda p: 1.0 if p <= 0.5 else 0.5 / p,
+    }
+    rollout = sample_rollout(start, data, generator(0), prompts=1, num_generations=4)
+    rollout = replace(rollout, mask=torch.ones_like(rollout.mask))
+    for wins in (1, 2, 3):
+        one = replace(rollout, rewards=(torch.arange(4) < wins).float())
+        for name, weight in weights.items():
+            logps = one.old_logps.double().requires_grad_()
+            arm = ARMS[name]
+            loss, _ = arm.loss(logps, replace(one, old_logps=logps.detach()), arm.advantages(one, 4).double(), 4)
+            (grad,) = torch.autograd.grad(loss, logps)
+            tokens = {"grpo": 3.0}.get(name, 1.0)  # a mean over three tokens, not a sum
+            expected = -(one.rewards - wins / 4).double() * weight(wins / 4) / 4
+            # GRPO adds 1e-6 to a deviation near one half, and advantages are float32 numbers.
+            assert torch.allclose(tokens * grad[:, 0], expected, rtol=1e-5)
+
+
+def _softmax_weight(p, tau, beta, scale):
+    """(q+ - 1/G) / (tau (1 - p)) times G: ADPO's weight for standardised advantages."""
+    up, down = torch.tensor([(1 - p) * scale / beta, -p * scale / beta], dtype=torch.float64).exp()
+    chosen = up / (4 * (p * up + (1 - p) * down))
+    return 4 * (chosen - 1 / 4) / (tau * (1 - p))
 
 
 @pytest.mark.parametrize("name", sorted(ARMS))
