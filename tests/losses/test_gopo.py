@@ -335,6 +335,8 @@ def test_clamped_log_ratio_has_no_gradient():
     loss, metrics = gopo_loss(at, old, g)
     assert (gradient(loss, at) == 0).all()
     close(metrics["conservation"], math.expm1(5.0))
+    below = (old - 6.0).requires_grad_()
+    assert (gradient(gopo_loss(below, old, g)[0], below) == 0).all()
     assert (gradient(gopo_loss(at, old, g, log_ratio_clip=None)[0], at) != 0).any()
 
 
