@@ -12,8 +12,6 @@ from torch import Tensor
 from p2k.data.arithmetic import VOCAB_SIZE
 from p2k.experiments.rollout import Rollout
 
-# Entering `online_dpo` in the registry is a side effect of the import.
-from p2k.losses import online_dpo  # noqa: F401
 from p2k.losses.recipes import RECIPES, Recipe
 from p2k.losses.schedules import confidence, guarded_alpha, improvement
 
@@ -79,7 +77,7 @@ def _arms() -> dict[str, Arm]:
     arms.append(Arm("dapo", RECIPES["dapo"], resample=2))
     # The paper's 3e-4 belongs to answers of thousands of tokens: with three, every update would be clipped.
     arms.append(Arm("gspo", RECIPES["gspo"]).but("gspo", clip_ratio_low=0.2, clip_ratio_high=0.2))
-    arms.append(Arm("dpo", Recipe("dr_grpo", "online_dpo", "seq-mean-token-mean"), group))
+    arms.append(Arm("dpo", RECIPES["dpo"], group))
     arms.append(Arm("adpo", RECIPES["adpo"], group))
     apo = Arm("apo", RECIPES["apo"], group)
     arms += [apo.but("apo", alpha=0.9), apo.but("apo-0.35", alpha=0.35), apo.but("apo-0.6", alpha=0.6)]
