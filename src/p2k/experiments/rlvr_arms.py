@@ -11,7 +11,6 @@ from torch import Tensor
 
 from p2k.data.arithmetic import VOCAB_SIZE
 from p2k.experiments.rollout import Rollout
-
 from p2k.losses.recipes import RECIPES, Recipe
 from p2k.losses.schedules import confidence, guarded_alpha, improvement
 
