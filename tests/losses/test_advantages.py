@@ -118,7 +118,7 @@ def test_gae_estimator_is_whitened():
 def test_unknown_names_and_options_raise_and_name_what_there_is():
     with pytest.raises(ValueError, match="dr_grpo, gae, grpo, rloo"):
         get_adv_estimator("nope")
-    with pytest.raises(ValueError, match="adpo, apo, gopo, gpg, gspo, vanilla"):
+    with pytest.raises(ValueError, match="adpo, apo, gopo, gpg, gspo, online_dpo, vanilla"):
         get_policy_loss("nope")
     with pytest.raises(ValueError, match="unknown options lamb: supported are gamma, lam"):
         get_adv_estimator("gae")(torch.ones(1, 1), torch.ones(1, 1), values=torch.ones(1, 1), config={"lamb": 1})

@@ -245,7 +245,7 @@ def policy_batch(rows=8, tokens=3, dtype=torch.float64, seed=4):
 
 
 def config(name, **options):
-    group = {"num_generations": 4} if name in ("adpo", "apo", "gopo") else {}
+    group = {"num_generations": 4} if name in ("adpo", "apo", "gopo", "online_dpo") else {}
     wide = {"clip_ratio": 0.2} if name == "gspo" else {}
     return {**group, **wide, **options}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Entering the losses in the registry is a side effect of importing the files that define them.
-from p2k.losses import advantages, group_policy, policy  # noqa: F401
+from p2k.losses import advantages, group_policy, online_dpo, policy  # noqa: F401
 from p2k.losses.registry import AdvantageEstimator, PolicyLoss, get_adv_estimator, get_policy_loss
 
 
@@ -40,6 +40,7 @@ RECIPES: dict[str, Recipe] = {
     "gspo": Recipe(
         "grpo", "gspo", "seq-mean-token-mean", loss_options={"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}
     ),
+    "dpo": Recipe("dr_grpo", "online_dpo", "seq-mean-token-mean"),
     "adpo": Recipe("grpo", "adpo", "seq-mean-token-mean"),
     "apo": Recipe("dr_grpo", "apo", "seq-mean-token-mean"),
     "gopo": Recipe("dr_grpo", "gopo", "seq-mean-token-mean"),
