@@ -1,7 +1,9 @@
 """Benchmark one workload: times by pass and implementation, against the device's own measured ceilings."""
 
+import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from p2k.core.tolerance import relative_errors
 PASSES = ("forward", "backward", "both")
 # Enough for inputs of one MiB against three times the largest cache of today's GPUs; smaller ones are launch-bound.
 MOST_SETS = 400
+# Parameters of mallopt, from malloc.h of glibc.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,18 @@ def cache_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     return 64 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse what torch frees on a CPU, as torch's own allocator does on a GPU.
+
+    Otherwise every large result comes in fresh pages, which cost the system about as much as a pass over them. It
+    settles after some calls, which the warm-up makes.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -15,8 +15,8 @@ INJECT_SIZES = [(1024, 512), (8192, 512), (65536, 768), (50432, 3072), (16384, 8
 RANK_SIZES = [(8192, 56), (65536, 56), (65536, 256)]
 # Of these a GPU also runs float32.
 WIDE_SIZES = [(65536, 768), (50432, 3072), (65536, 56)]
-INJECT_SIZES_CPU = [(1024, 512), (4096, 1024), (8192, 2048)]
-RANK_SIZES_CPU = [(4096, 56), (32768, 56), (65536, 256)]
+INJECT_SIZES_CPU = [(256, 512), (1024, 512), (4096, 1024), (8192, 2048)]
+RANK_SIZES_CPU = [(4096, 56), (32768, 56), (32768, 256)]
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:

@@ -48,17 +48,14 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / f"{name}.so"))
 
 
-def program(name: str) -> Callable[..., Tensor]:
-    """One of `PROGRAMS` as a function on a contiguous float32 CPU tensor ``[..., columns]``, without gradient.
-
-    The function takes the result's tensor as an optional second argument.
-    """
+def program(name: str) -> Callable[[Tensor], Tensor]:
+    """One of `PROGRAMS` as a function on a contiguous float32 CPU tensor ``[..., columns]``, without gradient."""
     function = getattr(_library(), f"p2k_{name}")
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     function.restype = None
 
-    def run(x: Tensor, out: Tensor | None = None) -> Tensor:
-        y = torch.empty_like(x) if out is None else out
+    def run(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
         if x.numel():
             function(x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1], x.shape[-1])
         return y
