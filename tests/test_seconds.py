@@ -35,6 +35,6 @@ def test_a_whole_run_notes_the_seconds_of_each_file(suite, options):
     assert [found.name for found in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("options", [("tests/test_fast.py",), ("-k", "fast"), ("--collect-only",)])
+@pytest.mark.parametrize("options", [("tests/test_fast.py",), ("-k", "fast")])
 def test_part_of_a_run_notes_nothing(suite, options):
     assert not suite(*options).exists()

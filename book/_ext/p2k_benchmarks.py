@@ -1,12 +1,14 @@
 """The page of benchmarks, written at build time from the records in `book/results/benchmarks` and the budgets."""
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from p2k_charts import (
+    PASSES,
     QUANTITIES,
     crossover,
     describe,
@@ -50,7 +52,7 @@ def write_benchmarks(app: Sphinx, docname: str, source: list[str]) -> None:
 def benchmark_page(root: Path) -> str:
     """MyST of all ops, of what the chapters cost, and of the download; charts go to `book/_generated`."""
     folder = root / "book" / "results" / "benchmarks"
-    files = [file for place in sorted(folder.glob("*/")) for file in read_folder(place)]
+    files = [file for device in sorted(folder.glob("*/")) for file in read_folder(device)]
     ops = sorted(path.parent.name for path in (root / "src" / "p2k" / "ops").glob("*/__init__.py"))
     parts = [] if any(file["environment"]["device_type"] == "cuda" for file in files) else [NO_GPU]
     for op in ops:
@@ -66,7 +68,7 @@ def op_section(root: Path, op: str, files: list[dict]) -> Iterator[str]:
     for kind, device in sorted(devices, reverse=True):
         own = [file for file in files if file["environment"]["device"] == device]
         yield about(own, gpu=kind == "cuda")
-        records = [record for file in own for record in file["records"]]
+        records = sorted((record for file in own for record in file["records"]), key=place)
         for key in dict.fromkeys((record["op"], record["dtype"]) for record in records):
             chosen = [record for record in records if (record["op"], record["dtype"]) == key]
             yield from charts(root, chosen, f"{'-'.join(key)}-{device}", gpu=kind == "cuda")
@@ -76,6 +78,7 @@ def op_section(root: Path, op: str, files: list[dict]) -> Iterator[str]:
     budget = root / "src" / "p2k" / "ops" / op / "budget.json"
     if not any(kind == "cuda" for kind, _ in devices):
         if budget.is_file():
+            yield "No GPU has measured this operation. What the compiler makes of its kernels is known without one:\n"
             yield compiled(op, json.loads(budget.read_text(encoding="utf-8")))
         elif not (budget.parent / "kernel.py").is_file():
             yield "This operation has no code for a GPU.\n"
@@ -83,12 +86,18 @@ def op_section(root: Path, op: str, files: list[dict]) -> Iterator[str]:
             yield "There is no measurement of it yet.\n"
 
 
+def place(record: dict) -> tuple:
+    """Order of records on the page: by op, then from small to large, then by pass."""
+    return record["op"], math.prod(record["shape"].values()), PASSES.index(record["pass"])
+
+
 def about(files: list[dict], *, gpu: bool) -> str:
     """A sentence on the machine, and on what could not be measured there."""
     environment = files[0]["environment"]
     dates = sorted({file["environment"]["date"][:10] for file in files})
     text = f"Measured on {environment['device']}"
-    text += "" if gpu else f" with {environment['threads']} thread(s)"
+    threads = int(environment["threads"])
+    text += "" if gpu else f" with {threads} thread{'s' if threads > 1 else ''}"
     text += f", torch {environment['torch']}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}."
     if files[0]["effort"] == "quick":
         text += " These are quick runs with rough medians."
@@ -102,14 +111,8 @@ def charts(root: Path, records: list[dict], name: str, *, gpu: bool) -> Iterator
         return
     op = f"`{records[0]['op']}`, {records[0]['dtype']}"
     speedups = speedup_lines(records)
-    own = words(subject(records))
-    faster = [
-        f"{pass_name}: than {words(line.name)} {crossover(line)}"
-        for pass_name, lines in speedups.items()
-        for line in lines
-    ]
-    caption = f"{op}: speed-up of {own}. It is at least as fast, {'; '.join(faster)}."
-    yield figure(root, f"{name}-speedup", speedups, "times faster", caption, unit_line=True)
+    caption = f"{op}: speed-up of {words(subject(records))} over each baseline. {'; '.join(crossovers(speedups))}."
+    yield figure(root, f"{name}-speedup", speedups, "times faster than", caption, unit_line=True)
     for quantity in QUANTITIES if gpu else ():
         panels = lines_of(records, quantity)
         if panels:
@@ -117,6 +120,19 @@ def charts(root: Path, records: list[dict], name: str, *, gpu: bool) -> Iterator
             yield figure(
                 root, f"{name}-{quantity.key}", panels, quantity.label, caption, logarithmic=quantity.logarithmic
             )
+
+
+def crossovers(panels: dict) -> list[str]:
+    """From which size on each baseline is met or beaten, passes that agree named together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for pass_name, lines in panels.items():
+        for line in lines:
+            found.setdefault((words(line.name), crossover(line)), []).append(pass_name)
+    phrases = []
+    for (baseline, where), passes in found.items():
+        which = "" if len(passes) == len(panels) else f" ({', '.join(passes)})"
+        phrases.append(f"at least as fast as {baseline}{which} {where}")
+    return [phrases[0][0].upper() + phrases[0][1:], *phrases[1:]]
 
 
 def figure(root: Path, name: str, panels: dict, label: str, caption: str, **options: bool) -> str:
@@ -127,9 +143,9 @@ def figure(root: Path, name: str, panels: dict, label: str, caption: str, **opti
     return f":::{{figure}} /{path}\n:name: fig:bench-{stem}\n:alt: {describe(panels, label)}\n\n{caption}\n:::\n"
 
 
-def table(caption: str, headings: list[str], rows: list[list[str]]) -> str:
-    """A captioned table."""
-    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
+def table(caption: str, headings: list[str], rows: list[list[str]], *, texts: int) -> str:
+    """A captioned table whose first `texts` columns are words, the others numbers."""
+    lines = [headings, ["---"] * texts + ["---:"] * (len(headings) - texts), *rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f":::{{table}} {caption}\n:class: p2k-benchmarks\n\n{body}\n:::\n"
 
@@ -147,8 +163,8 @@ def ratios(records: list[dict]) -> str:
     rows = [
         [size(record), record["pass"], *(interval(record["speedup"].get(name)) for name in names)] for record in own
     ]
-    caption = f"`{records[0]['op']}`, {records[0]['dtype']}: how many times faster {words(subject(records))} is than"
-    return table(f"{caption} the code named above each column", ["Size", "Pass", *map(words, names)], rows)
+    caption = f"`{records[0]['op']}`, {records[0]['dtype']}: speed-up of {words(subject(records))} over each baseline"
+    return table(caption, ["Size", "Pass", *map(words, names)], rows, texts=2)
 
 
 def interval(ratio: dict | None) -> str:
@@ -170,7 +186,7 @@ def everything(records: list[dict]) -> str:
         for record in records
     ]
     headings = ["Size", "Pass", "Code", "Milliseconds", "% of the roofline", "Memory above the inputs"]
-    inner = table(f"`{records[0]['op']}`, {records[0]['dtype']}: every record", headings, rows)
+    inner = table(f"`{records[0]['op']}`, {records[0]['dtype']}: every record", headings, rows, texts=3)
     return f"::::{{dropdown}} All numbers\n{inner}::::\n"
 
 
@@ -186,8 +202,8 @@ def compiled(op: str, budget: dict) -> str:
         case, _, program = case.rpartition(" ")
         rows.append([case, f"`{program}`", " · ".join(by_arch), *figures])
     versions = "Triton {triton}, ptxas {ptxas}".format(**budget["versions"])
-    caption = f"`{op}`: what the compiler makes of each program ({versions}); figures in the order of the capabilities"
-    return table(caption, ["Case", "Program", "Compute capability", *FIELDS.values()], rows)
+    caption = f"`{op}` as {versions} compile it, figures in the order of the compute capabilities"
+    return table(caption, ["Case", "Program", "Compute capability", *FIELDS.values()], rows, texts=3)
 
 
 def costs(paths: list[Path]) -> list[str]:
@@ -210,7 +226,7 @@ def costs(paths: list[Path]) -> list[str]:
     ]
     rows.append(["tests that serve all chapters", "–", seconds(latest["shared_test_seconds"])])
     caption = f"Seconds of each stored notebook and of the chapter's own tests, {latest['environment']['device']}"
-    return ["## What the chapters cost\n", table(caption, ["Chapter", "Notebook", "Tests"], rows)]
+    return ["## What the chapters cost\n", table(caption, ["Chapter", "Notebook", "Tests"], rows, texts=1)]
 
 
 def download(root: Path, paths: list[Path]) -> list[str]:

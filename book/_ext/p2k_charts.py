@@ -120,6 +120,7 @@ def draw(panels: dict[str, list[Line]], label: str, *, logarithmic: bool, unit_l
             if not logarithmic:
                 axis.set_ylim(bottom=0)
         axes[-1].set_xlabel("MiB that the pass has to move")
+        axes[-1].xaxis.set_major_formatter("{x:g}")
         names, handles = zip(*{text: handle for axis in axes for handle, text in _legend(axis)}.items(), strict=True)
         figure.legend(handles, names, loc="outside upper center", ncols=3)
         figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
@@ -148,7 +149,7 @@ def describe(panels: dict[str, list[Line]], label: str) -> str:
             for line in lines
         ]
         parts.append(f"{pass_name}: {', '.join(ends)}")
-    return f"Line chart of {label} against the bytes moved. {'; '.join(parts)}."
+    return f"Line chart against the bytes moved: {label}. {'; '.join(parts)}."
 
 
 def store(path: Path, text: str) -> None:
