@@ -21,6 +21,7 @@ from p2k.core.benchmark import Ceilings, Clock, Workload
 from p2k.core.device import device_name, versions
 from p2k.core.errors import P2KError
 from p2k.core.peers import peer_versions
+from p2k.core.syntax import canonical
 from p2k.core.tolerance import tolerance
 from p2k.experiments.benchmark_records import SCHEMA, comparable, read_file, write_json
 
@@ -161,12 +162,16 @@ def environment(device: torch.device) -> dict[str, str | None]:
 
 
 def code_digest(op: str) -> str:
-    """Hash of the op's own sources and of the method: a record of other code is no record of this one."""
+    """Hash of the op's own sources and of the method: a record of other code is no record of this one.
+
+    Comments and docstrings of Python do not count.
+    """
     folder = Path(p2k.ops.__path__[0]) / op.partition(".")[0]
     sources = [path for path in sorted(folder.glob("*")) if path.suffix in (".py", ".cpp")]
     digest = hashlib.sha256()
     for path in [*sources, Path(benchmark.__file__), Path(__file__)]:
-        digest.update(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        digest.update((canonical(text) if path.suffix == ".py" else text).encode())
     return digest.hexdigest()[:16]
 
 
