@@ -110,10 +110,11 @@ def mebibytes(size: int) -> str:
 def draw(panels: dict[str, list[Line]], label: str, *, logarithmic: bool, unit_line: bool = False) -> str:
     """The chart as SVG, panels one above the other so that it stays legible on a narrow screen."""
     with matplotlib.style.context(files("p2k.book") / "templates" / "house.mplstyle"):
+        others = sorted({line.name for lines in panels.values() for line in lines} - WORDS.keys())
         figure = Figure(figsize=(6.4, 0.9 + 2.1 * len(panels)))
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for axis, (pass_name, lines) in zip(axes, panels.items(), strict=True):
-            _panel(axis, lines)
+            _panel(axis, lines, others)
             axis.set(title=pass_name, ylabel=label, xscale="log", yscale="log" if logarithmic else "linear")
             if unit_line:
                 axis.axhline(1, color="black", linewidth=0.8, linestyle="--")
@@ -127,12 +128,16 @@ def draw(panels: dict[str, list[Line]], label: str, *, logarithmic: bool, unit_l
     return buffer.getvalue()
 
 
-def _panel(axis: Axes, lines: list[Line]) -> None:
-    for number, line in enumerate(lines):
+def _panel(axis: Axes, lines: list[Line], others: list[str]) -> None:
+    """Draw the lines; an implementation has the same colour and marker in every chart of an op."""
+    order = [*WORDS, *others]
+    for line in lines:
+        number = order.index(line.name)
         sizes, lows, middles, highs = zip(*line.points, strict=True)
         sizes = [size / MIB for size in sizes]
-        axis.plot(sizes, middles, marker=MARKERS[number % len(MARKERS)], markersize=5, label=words(line.name))
-        axis.fill_between(sizes, lows, highs, alpha=0.2)
+        look = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        axis.plot(sizes, middles, label=words(line.name), **look)
+        axis.fill_between(sizes, lows, highs, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def _legend(axis: Axes) -> list[tuple]:
