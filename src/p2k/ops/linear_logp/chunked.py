@@ -74,7 +74,7 @@ class _Chunks:
         return self.weight.new_empty(self.size, -(-vocab // ALIGNMENT) * ALIGNMENT, dtype=dtype)[:, :vocab]
 
 
-def forward(  # noqa: PLR0913 - the ops' own arguments
+def forward(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, ignore_index: int,
     size: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip

@@ -29,7 +29,7 @@ def linear_logp(
     z_TV = z_TV / tau
     log_p_TV = torch.log_softmax(z_TV, -1)
     logp_T = log_p_TV.gather(-1, y_T.masked_fill(absent_T, 0)[..., None])[..., 0]
-    # p log p is 0 where p is: a finite log p makes it so.
-    entropy_T = -(log_p_TV.exp() * log_p_TV.clamp_min(torch.finfo(wide).min)).sum(-1)
+    # p log p is 0 where p is, and so is its gradient.
+    entropy_T = -(log_p_TV.exp() * log_p_TV.masked_fill(log_p_TV == -torch.inf, 0.0)).sum(-1)
     found = (logp_T, torch.logsumexp(z_TV, -1), entropy_T)
     return tuple(number.masked_fill(absent_T, 0.0) for number in found)
