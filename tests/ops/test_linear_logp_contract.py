@@ -13,6 +13,7 @@ from p2k.core.errors import BackendUnavailable, P2KError
 from p2k.core.tolerance import relative_errors, tolerance
 from p2k.ops.linear_logp import LinearLogp, linear_logp, reference, registration
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 both = pytest.mark.parametrize("backend", BACKENDS)
 HIDDEN, WEIGHT, BIAS, TARGET = (
     torch.ones(2, 3, 4),
@@ -176,7 +177,7 @@ def test_function_transforms_use_the_reference_and_refuse_the_kernel():
     looped = [linear_logp(x, weight, y, bias=bias) for x, y in zip(hidden, target, strict=True)]
     found = torch.vmap(lambda x, y: linear_logp(x, weight, y, bias=bias))(hidden, target)
     for x, y in zip(found, zip(*looped, strict=True), strict=True):
-        assert torch.allclose(x, torch.stack(y))
+        assert max(relative_errors(x, torch.stack(y).double())) <= tolerance(torch.float32, dot=True)
     with pytest.raises(BackendUnavailable, match="a torch.func transform is active"):
         torch.vmap(lambda x, y: linear_logp(x, weight, y, backend="triton"))(hidden, target)
 

@@ -63,7 +63,7 @@ def linear_logp(
         TypeError: a tensor is not floating point, the dtypes disagree, or `target` is not int64.
         BackendUnavailable: ``backend="triton"`` where Triton cannot run.
 
-    Source: wijmans2025cut, eq:linear-logp, eq:linear-logp-backward.
+    Source: wijmans2025cut.
     """
     op = "linear_logp"
     hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
@@ -83,9 +83,11 @@ def linear_logp(
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:
     """What `torch.nn.functional.linear` makes of a float32 operand under autocast."""
-    if tensor is None or tensor.dtype != torch.float32 or not torch.is_autocast_enabled(tensor.device.type):
+    if tensor is None or tensor.dtype != torch.float32:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    kind = tensor.device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tensor.to(torch.get_autocast_dtype(kind)) if active else tensor
 
 
 def _check(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:

@@ -4,7 +4,7 @@ One buffer holds the logits of a chunk. The forward pass keeps four numbers per 
 the chunk's logits, turns them into their gradient in place and multiplies it out. Chunks follow each other in order
 and nothing is added atomically, so two runs agree bit for bit.
 
-Source: wijmans2025cut, eq:linear-logp-backward.
+Source: wijmans2025cut.
 """
 
 from collections.abc import Iterator, Sequence

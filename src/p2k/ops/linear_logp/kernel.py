@@ -6,7 +6,7 @@ up to the next row; the columns behind the vocabulary hold nothing and count as 
 Letters: z logit after bias and temperature, s log-probability, g, l and e gradients of the target's log-probability,
 of log-sum-exp and of entropy.
 
-Source: wijmans2025cut, eq:linear-logp, eq:linear-logp-backward.
+Source: wijmans2025cut.
 """
 
 import torch

@@ -6,7 +6,7 @@ Shape suffixes: T tokens (any leading shape), D hidden width, V vocabulary.
 
 Half-precision inputs are widened to float32, as the results are; float64 stays float64.
 
-Source: wijmans2025cut, eq:linear-logp.
+Source: wijmans2025cut.
 """
 
 import torch

@@ -6,7 +6,7 @@ their sum would round away what tells the logits of a far-off row from each othe
 With s = log p, g and l and e the gradients of log-probability, log-sum-exp and entropy:
     d logit = g (onehot - p) + l p - e p (s + entropy).
 
-Source: wijmans2025cut, eq:linear-logp, eq:linear-logp-backward.
+Source: wijmans2025cut.
 """
 
 import torch
