@@ -55,6 +55,7 @@ def test_corruptions_do_what_their_numbers_say():
     assert abs((cauchy.abs() < 0.6).float().mean().item() - 0.5) < 0.016
     shifted = make_preferences((Scenario("shift", "x", shift=1.0),), (0,), **size)
     plain = make_preferences((Scenario("none", "x"),), (0,), **size)
+    # Differences of float32 numbers near one.
     assert torch.allclose(shifted.contexts - plain.contexts, torch.tensor(0.5), atol=1e-6)
     assert torch.equal(shifted.test_contexts, plain.test_contexts)
     noise = make_preferences((Scenario("noise", "x", noise=1.5),), (0,), **size).rewards - clean
