@@ -8,6 +8,7 @@ from p2k.core.tolerance import relative_errors, tolerance
 from p2k.losses import adpo_loss, apo_loss, dpo_loss, get_policy_loss, gopo_loss
 from p2k.ops.linear_logp import linear_logp
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, TOKENS, DIM, VOCAB, ABSENT = 6, 9, 8, 40, -100
 
 
@@ -55,12 +56,16 @@ def full_logits(hidden, weight, target):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_same_loss_and_gradients_as_through_all_logits(loss, backend):
-    source = generator(0)
-    hidden, weight = (torch.randn(*shape, generator=source) / 2 for shape in ((ROWS, TOKENS, DIM), (VOCAB, DIM)))
-    target = torch.randint(0, VOCAB, (ROWS, TOKENS), generator=source)
+    source = generator(0, DEVICE)
+    hidden, weight = (
+        torch.randn(*shape, generator=source, device=DEVICE) / 2 for shape in ((ROWS, TOKENS, DIM), (VOCAB, DIM))
+    )
+    target = torch.randint(0, VOCAB, (ROWS, TOKENS), generator=source, device=DEVICE)
     target[1, 4:] = target[4, 7:] = ABSENT
-    advantages = torch.randn(ROWS, generator=source, dtype=torch.float64)
-    old, _ = full_logits(hidden.double() + 0.01 * torch.randn(hidden.shape, generator=source), weight.double(), target)
+    advantages = torch.randn(ROWS, generator=source, device=DEVICE, dtype=torch.float64)
+    old, _ = full_logits(
+        hidden.double() + 0.01 * torch.randn(hidden.shape, generator=source, device=DEVICE), weight.double(), target
+    )
 
     def through(function, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]

@@ -75,8 +75,8 @@ def measure_memory(tokens: int = 4096, vocab: int = 32768, dim: int = 16, *, see
         chunked form: `hidden_error`, `weight_error`.
     """
     source = generator(seed)
-    hidden, weight = (torch.randn(rows, dim, generator=source) / dim**0.25 for rows in (tokens, vocab))
-    target = torch.randint(0, vocab, (tokens,), generator=source)
+    hidden, weight = (torch.randn(rows, dim, generator=source, device="cpu") / dim**0.25 for rows in (tokens, vocab))
+    target = torch.randint(0, vocab, (tokens,), generator=source, device="cpu")
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     gradients = []
 
