@@ -43,6 +43,7 @@ BAD = [
     ({"temperature": 0.0}, ValueError, "temperature must be > 0 and finite, got 0.0"),
     ({"temperature": float("nan")}, ValueError, "temperature must be > 0"),
     ({"temperature": float("inf")}, ValueError, "temperature must be > 0"),
+    ({"temperature": torch.ones(())}, TypeError, "temperature must be a number, got a tensor"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'torch' or 'triton', got 'cuda'"),
 ]

@@ -60,7 +60,8 @@ def linear_logp(
     Raises:
         ValueError: shapes or devices disagree, a size of `weight` is 0, a target is out of range on a CPU,
             `temperature` is not positive and finite, or `chunk_size` is below 1.
-        TypeError: a tensor is not floating point, the dtypes disagree, or `target` is not int64.
+        TypeError: a tensor is not floating point, the dtypes disagree, `target` is not int64, or `temperature` is a
+            tensor, which would get no gradient.
         BackendUnavailable: ``backend="triton"`` where Triton cannot run.
 
     Source: wijmans2025cut.
@@ -68,6 +69,8 @@ def linear_logp(
     op = "linear_logp"
     hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
     _check(op, hidden, weight, target, bias)
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"{op}: temperature must be a number, got a tensor; divide hidden and bias by a learned one")
     check_positive(op, temperature=temperature)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from p2k.core.benchmark import Cost, Workload
+from p2k.core.peers import peer
 from p2k.core.seeding import generator
 from p2k.core.tolerance import relative_errors
 from p2k.core.traffic import peak_memory
@@ -18,6 +19,13 @@ from p2k.ops.linear_logp import linear_logp
 # (tokens, vocabulary, hidden width): a toy, a small head, and the heads of two current language models.
 SIZES = [(4096, 32, 256), (8192, 32768, 2048), (8192, 128256, 4096), (7680, 151936, 2048)]
 SIZES_CPU = [(1024, 4096, 64), (4096, 32768, 64)]
+
+
+def cut_cross_entropy_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Apple's kernel without its filter, which leaves out small gradients."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="cce_exact")
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
@@ -30,6 +38,7 @@ def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
 
 def _head(tokens: int, vocab: int, dim: int, dtype: torch.dtype, fused: bool) -> Workload:
     logits, operands = tokens * vocab, (tokens + vocab) * dim
+    others = peer("cut-cross-entropy", "p2k.ops.linear_logp.bench:cut_cross_entropy_logp") if fused else {}
 
     def make_inputs(source, device, dtype) -> tuple[Tensor, ...]:
         hidden = torch.randn(tokens, dim, generator=source, device=device, dtype=dtype)
@@ -45,7 +54,7 @@ def _head(tokens: int, vocab: int, dim: int, dtype: torch.dtype, fused: bool) ->
         reference=stored_logp,
         forward=Cost(bytes=operands * dtype.itemsize + 8 * logits, flops=2 * logits * dim),
         backward=Cost(bytes=3 * operands * dtype.itemsize + (12 + 2 * dtype.itemsize) * logits, flops=6 * logits * dim),
-        peers={"chunked": lambda *inputs: linear_logp(*inputs, backend="torch").logp},
+        peers={"chunked": lambda *inputs: linear_logp(*inputs, backend="torch").logp} | others,
     )
 
 
@@ -66,8 +75,8 @@ def measure_memory(tokens: int = 4096, vocab: int = 32768, dim: int = 16, *, see
         chunked form: `hidden_error`, `weight_error`.
     """
     source = generator(seed)
-    hidden, weight = (torch.randn(rows, dim, generator=source) / dim**0.25 for rows in (tokens, vocab))
-    target = torch.randint(0, vocab, (tokens,), generator=source)
+    hidden, weight = (torch.randn(rows, dim, generator=source, device="cpu") / dim**0.25 for rows in (tokens, vocab))
+    target = torch.randint(0, vocab, (tokens,), generator=source, device="cpu")
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     gradients = []
 

@@ -16,6 +16,7 @@ from p2k.core.seeding import generator
 from p2k.core.tolerance import relative_errors, tolerance
 from p2k.ops.linear_logp import reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_MUTANTS = [
     Mutant("shrink * (moment + fall * total)", "shrink * moment", "entropy: the new maximum does not move the moment"),
     Mutant("total = shrink * total + _sum(e)", "total = total + _sum(e)", "sum: not rescaled when the maximum rises"),
@@ -94,20 +95,19 @@ def _wrong(actual: Tensor, truth: Tensor) -> bool:
 
 def _row_cases(stage: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
     """(row stage, float64 reference) pairs; the reference's head is the identity, so that its hidden state is z."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = generator(0, device)
+    source = generator(0, DEVICE)
     for tokens, vocab, offset in ((9, 13, 0.0), (6, 35, -300.0)):
-        plain = torch.randn(tokens, vocab, generator=source, device=device) * 2
+        plain = torch.randn(tokens, vocab, generator=source, device=DEVICE) * 2
         plain = plain.sort().values + offset  # in a row of several tiles the maximum rises with each
         plain[:, -1] -= 3
-        bias, grads = (torch.randn(*n, generator=source, device=device) for n in ((vocab,), (3, tokens)))
+        bias, grads = (torch.randn(*n, generator=source, device=DEVICE) for n in ((vocab,), (3, tokens)))
         bias[1] = -torch.inf
-        target = torch.randint(2, vocab, (tokens,), generator=source, device=device)
+        target = torch.randint(2, vocab, (tokens,), generator=source, device=DEVICE)
         wide = plain.double().requires_grad_()
         truth = reference.linear_logp(wide, torch.eye(vocab).to(wide), target, bias.double(), 0.5, -100)
         (dplain,) = torch.autograd.grad(truth, wide, list(grads.double()))
         # Behind the vocabulary lies what would win, were it read.
-        padded = torch.full((tokens, vocab + 3), 1e4, device=device)
+        padded = torch.full((tokens, vocab + 3), 1e4, device=DEVICE)
         padded[:, :vocab] = plain
         numbers, out = plain.new_empty(4, tokens), torch.empty_like(padded)[:, :vocab]
         stage.forward(padded.clone()[:, :vocab], bias, target, 2.0, numbers)
@@ -118,10 +118,14 @@ def _row_cases(stage: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _chunk_cases(module: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
     """(loop, float64 reference) pairs: a short last chunk, absent tokens full of NaN, a target out of range."""
+    # On a CPU, where half-precision weights come in blocks.
     source = generator(1)
     for dtype in (torch.float32, torch.float16):
-        hidden, weight, bias = (torch.randn(*n, generator=source).to(dtype) for n in ((7, 4), (12, 4), (12,)))
-        target, grads = torch.randint(0, 12, (7,), generator=source), torch.randn(3, 7, generator=source)
+        hidden, weight, bias = (
+            torch.randn(*shape, generator=source, device="cpu").to(dtype) for shape in ((7, 4), (12, 4), (12,))
+        )
+        target = torch.randint(0, 12, (7,), generator=source, device="cpu")
+        grads = torch.randn(3, 7, generator=source, device="cpu")
         target[[1, 5]] = -1
         wide = [tensor.double().requires_grad_() for tensor in (hidden, weight, bias)]
         truth = reference.linear_logp(wide[0], wide[1], target, wide[2], 0.5, -1)
@@ -134,8 +138,8 @@ def _chunk_cases(module: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
     target[0] = 12
     logp, _, _, numbers = module.forward(hidden, weight, target, bias, *options)
     found = module.backward(grads, hidden, weight, target, bias, numbers, *options, [True] * 3)
-    yield logp[:1], torch.full((1,), torch.nan, dtype=torch.float64)
-    yield found[0][:1], torch.full((1, 4), torch.nan, dtype=torch.float64)
+    yield logp[:1], torch.full_like(logp[:1], torch.nan, dtype=torch.float64)
+    yield found[0][:1], torch.full_like(found[0][:1], torch.nan, dtype=torch.float64)
 
 
 def _detached(truth: tuple[Tensor, ...]) -> list[Tensor]:
