@@ -5,7 +5,7 @@ from torch import Tensor
 
 from p2k.core.backend import Backend, choose_backend
 from p2k.core.checks import check_floating, check_positive, check_same_device, check_shape
-from p2k.ops.oqc import reference
+from p2k.ops.oqc import reference, registration
 
 __all__ = ["project_and_inject", "rank_project"]
 
@@ -57,9 +57,7 @@ def project_and_inject(
     check_positive(op, zero_allowed=True, eps=eps)
     if choose_backend(backend, main, op=op) == "torch":
         return reference.project_and_inject(main, aux, gate, pre_gate, eps)
-    from p2k.ops.oqc import kernel
-
-    return kernel.project_and_inject(main, aux, gate, pre_gate, eps)
+    return registration.project_and_inject(main, aux, gate, pre_gate, eps)
 
 
 def rank_project(
@@ -111,9 +109,7 @@ def rank_project(
     check_positive(op, norm_eps=norm_eps)
     if choose_backend(backend, left, op=op) == "torch":
         return reference.rank_project(left, right, host, weight, gate, eps, norm_eps)
-    from p2k.ops.oqc import kernel
-
-    return kernel.rank_project(left, right, host, weight, gate, eps, norm_eps)
+    return registration.rank_project(left, right, host, weight, gate, eps, norm_eps)
 
 
 def _check(op: str, tensors: dict[str, Tensor]) -> None:

@@ -20,10 +20,14 @@ def _wide(tensor: Tensor | None) -> Tensor | None:
 
 
 def coefficient(z_TM: Tensor, h_TM: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return c = <z, h> / n and 1 / n, each [T, 1]. A zero row with eps = 0 has no direction: c = 0 and 1 / n = 0."""
+    """Return c = <z, h> / n and 1 / n, each [T, 1].
+
+    Where n has no finite inverse (a zero row with eps = 0, or one too small to square) there is no direction:
+    c = 0 and 1 / n = 0.
+    """
     n_T1 = h_TM.square().sum(-1, keepdim=True) + eps
-    defined = n_T1 != 0
-    inverse_T1 = defined / torch.where(defined, n_T1, 1.0)
+    undirected = n_T1 < torch.finfo(n_T1.dtype).tiny
+    inverse_T1 = ~undirected / torch.where(undirected, 1.0, n_T1)
     return (z_TM * h_TM).sum(-1, keepdim=True) * inverse_T1, inverse_T1
 
 

@@ -1,0 +1,196 @@
+"""Compile Triton kernels for GPUs that are not there, and read what they would use.
+
+No driver is touched: Triton's wheel brings ptxas and cuobjdump. It proves that a kernel compiles, and with how many
+registers, spilled bytes and 128-bit loads; it says nothing about its numbers or its speed. Triton must not be in
+interpreter mode, so `measure` asks a fresh process:
+
+    python -m p2k.core.compile_check p2k.ops.oqc.budget
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from p2k.core.checks import require
+from p2k.core.device import version_of
+from p2k.core.errors import P2KError
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one thread or one program of a compiled kernel uses."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wide_loads: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: the function, its argument types, what is fixed at compile time, its options."""
+
+    function: object
+    signature: dict
+    constants: dict
+    divisible: tuple
+    options: dict
+
+
+def recorded_launches(call: Callable[[], object]) -> list[Launch]:
+    """Run `call` with every Triton launch recorded instead of executed. Its tensors may be on the meta device."""
+    triton = require("triton", extra="gpu", purpose="a compile check")
+    launches = []
+
+    def record(function, *arguments, grid, warmup, **keywords):
+        launches.append(_describe(function, arguments, keywords))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        call()
+    return launches
+
+
+def _describe(function, arguments: tuple, keywords: dict) -> Launch:
+    """Specialise arguments as Triton does: None and 1 are constants, multiples of 16 are known to be."""
+    values = dict(zip(function.arg_names, arguments, strict=False)) | keywords
+    options = {name: values.pop(name) for name in keywords if name not in function.arg_names}
+    fixed = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    fixed |= {name for name, value in values.items() if value is None or (isinstance(value, int) and value == 1)}
+    signature = {name: "constexpr" if name in fixed else _type(values[name]) for name in function.arg_names}
+    divisible = tuple(
+        index
+        for index, name in enumerate(function.arg_names)
+        if name not in fixed
+        and (isinstance(values[name], torch.Tensor) or (isinstance(values[name], int) and values[name] % 16 == 0))
+    )
+    return Launch(function, signature, {name: values[name] for name in fixed}, divisible, options)
+
+
+def _type(value) -> str:
+    """Triton's name of an argument's type."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compile one recorded launch for compute capability `arch` (80, 90, 100).
+
+    Raises:
+        P2KError: the kernel does not compile; the message holds the compiler's.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
+    source = ASTSource(launch.function, launch.signature, launch.constants, attributes)
+    try:
+        compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise P2KError(f"{launch.function.__name__} does not compile for sm_{arch}: {cause}") from error
+    return _inspect(compiled.asm["ptx"], compiled.metadata.shared, arch)
+
+
+def _inspect(ptx: str, shared: int, arch: int) -> Resources:
+    """Assemble PTX verbosely and count the wide loads of the machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        assembler = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+        report = _output(assembler, "-v", f"--gpu-name={target}", source, "-o", binary)
+        machine_code = _output(tools / "cuobjdump", "-sass", binary)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    registers = re.search(r"Used (\d+) registers", report).group(1)
+    # A load of 128 bits or, from Blackwell on, 256.
+    wide = re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", machine_code)
+    return Resources(int(registers), sum(map(int, spills)), shared, len(wide))
+
+
+def _output(*command) -> str:
+    """Standard output and error of a command that must succeed."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if result.returncode:
+        raise P2KError(f"{Path(str(command[0])).name} failed: {result.stderr.strip()}")
+    return result.stdout + result.stderr
+
+
+def measure(module: str) -> dict:
+    """Compile every case of `module` in a process where Triton compiles, and return `report(module)` from there.
+
+    Raises:
+        P2KError: a kernel does not compile; the message holds the compiler's.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "p2k.core.compile_check", module]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise P2KError(result.stderr.strip())
+    return json.loads(result.stdout)
+
+
+def report(module: str) -> dict:
+    """Versions and resources of every case: `module.cases()` yields (name, archs, call) triples.
+
+    A key is ``<case> <kernel> sm_<arch>``, so that a case may launch several kernels.
+    """
+    return {
+        "versions": {"triton": version_of("triton"), "ptxas": _ptxas_version()},
+        "kernels": dict(_measured(importlib.import_module(module).cases())),
+    }
+
+
+def _measured(cases) -> Iterator[tuple[str, dict]]:
+    for name, archs, call in cases:
+        for launch in recorded_launches(call):
+            for arch in archs:
+                key = f"{name} {launch.function.__name__} sm_{arch}"
+                yield key, dataclasses.asdict(compile_launch(launch, arch))
+
+
+def _ptxas_version() -> str:
+    triton = require("triton", extra="gpu", purpose="a compile check")
+    text = _output(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas", "--version")
+    return re.search(r"release (\S+),", text).group(1)
+
+
+def over_budget(measured: dict, budget: dict) -> list[str]:
+    """Sentences on every kernel that exceeds its budget, has none, or is budgeted and gone.
+
+    More registers, spilled or shared bytes than budgeted are too many, fewer wide loads too few.
+    """
+    problems = [f"{key}: budgeted but not measured" for key in budget if key not in measured]
+    for key, found in measured.items():
+        if key not in budget:
+            problems.append(f"{key}: measured but not budgeted")
+            continue
+        for field, value in found.items():
+            bound = budget[key][field]
+            if value < bound if field == "wide_loads" else value > bound:
+                problems.append(f"{key}: {field} {value}, budget {bound}")
+    return problems
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(report(sys.argv[1]), indent=1))
+    except P2KError as error:
+        sys.exit(str(error))

@@ -1,0 +1,54 @@
+"""What the compile check compiles: every OQC program as its launcher would start it, per width and dtype.
+
+`budget.json` beside this file holds what each may use. `python -m p2k.core.compile_check p2k.ops.oqc.budget` measures.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+# Narrow rows of a rank, a small and a large feed-forward, the widest row in registers, and a row in tiles.
+WIDTHS = (56, 512, 3072, 8192, 16384)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = 4096
+
+
+def load() -> dict:
+    """The recorded budget: versions it was measured with, and one entry per kernel."""
+    return json.loads(Path(__file__).with_name("budget.json").read_text())
+
+
+def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
+    """Name, compute capabilities and launch of every case, on tensors without data."""
+    for name, dtype in DTYPES.items():
+        for width in WIDTHS:
+            archs = (80, 90, 100) if (name, width) == ("bf16", 512) else (80, 90)
+            yield f"inject {name} {width}", archs, _inject(width, dtype)
+            if width in (56, 16384):
+                yield f"rank {name} {width}", archs, _rank(width, dtype)
+
+
+def _inject(width: int, dtype: torch.dtype) -> Callable:
+    def call():
+        from p2k.ops.oqc import kernel
+
+        grad, main, aux = (torch.empty(TOKENS, width, dtype=dtype, device="meta") for _ in range(3))
+        gate, pre_gate = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((TOKENS, 1), (width,)))
+        _, c, inverse = kernel.inject_forward(main, aux, gate, pre_gate, 1e-6)
+        kernel.inject_backward(grad, main, aux, gate, pre_gate, c, inverse, [True] * 4)
+
+    return call
+
+
+def _rank(width: int, dtype: torch.dtype) -> Callable:
+    def call():
+        from p2k.ops.oqc import kernel
+
+        grad, left, right, host = (torch.empty(TOKENS, width, dtype=dtype, device="meta") for _ in range(4))
+        weight, gate = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((width,), (TOKENS, 1)))
+        _, c, inverse = kernel.rank_forward(left, right, host, weight, gate, 1e-6, 1e-6)
+        kernel.rank_backward(grad, left, right, host, weight, gate, c, inverse, 1e-6, [True] * 5)
+
+    return call
