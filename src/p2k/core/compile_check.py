@@ -25,7 +25,13 @@ from p2k.core.checks import require
 from p2k.core.device import version_of
 from p2k.core.errors import P2KError
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
