@@ -1,6 +1,6 @@
 import torch
 
-from p2k.core.traffic import Traffic, count_traffic
+from p2k.core.traffic import Traffic, count_traffic, peak_memory
 
 
 def test_counts_operands_results_and_launches():
@@ -21,3 +21,17 @@ def test_backward_is_counted_when_run_inside():
     both = count_traffic(lambda: x.square().sum().backward())
     assert both.launches > forward.launches
     assert both.total > forward.total
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    x = torch.randn(1000)
+    assert peak_memory(lambda: x + 1) == 4000
+    assert peak_memory(lambda: ((x + 1) * 2) + 3) == 8000
+    assert peak_memory(lambda: [x + i for i in range(5)]) == 20000
+    assert peak_memory(lambda: x.view(10, 100)[3:]) == 0
+
+
+def test_peak_memory_sees_what_autograd_saves():
+    x = torch.randn(1000, requires_grad=True)
+    saved = peak_memory(lambda: x.exp().exp().exp().sum().backward())
+    assert saved >= 3 * 4000

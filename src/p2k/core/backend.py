@@ -10,6 +10,7 @@ from torch import Tensor
 from p2k.core.errors import BackendUnavailable
 
 Backend = Literal["auto", "torch", "triton"]
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -20,13 +21,15 @@ def interpreting() -> bool:
 
 def why_not_triton(x: Tensor) -> str | None:
     """Say why the Triton kernel cannot take `x`, or None when it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed: pip install 'p2k[gpu]'"
     if not x.is_cuda and not interpreting():
         return (
             f"the tensor is on {x.device.type}: move it to a CUDA device, "
             "or set TRITON_INTERPRET=1 before the first import of triton to run the interpreter"
         )
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "kernels see plain tensors only, and a torch.func transform is active"
     # The interpreter computes in NumPy and is exact in float64; compiled kernels accumulate in float32.
     if x.dtype not in KERNEL_DTYPES and not (interpreting() and x.dtype == torch.float64):
         return f"kernels take float32, float16 and bfloat16, got {x.dtype}"

@@ -181,7 +181,8 @@ def _ptxas_version() -> str:
 def over_budget(measured: dict, budget: dict) -> list[str]:
     """Sentences on every kernel that exceeds its budget, has none, or is budgeted and gone.
 
-    More registers, spilled or shared bytes than budgeted are too many, fewer wide loads too few.
+    More registers, spilled or shared bytes than budgeted are too many, fewer wide loads too few. Hardware hands out
+    registers in eights, so a budget reaches to the next multiple.
     """
     problems = [f"{key}: budgeted but not measured" for key in budget if key not in measured]
     for key, found in measured.items():
@@ -190,6 +191,8 @@ def over_budget(measured: dict, budget: dict) -> list[str]:
             continue
         for field, value in found.items():
             bound = budget[key][field]
+            if field == "registers":
+                bound = -(-bound // 8) * 8
             if value < bound if field == "wide_loads" else value > bound:
                 problems.append(f"{key}: {field} {value}, budget {bound}")
     return problems

@@ -1,5 +1,6 @@
-"""Count the bytes that eager torch moves through memory, operation by operation."""
+"""Count the bytes that eager torch moves through memory and holds there, operation by operation."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,3 +59,41 @@ def count_traffic(function: Callable[..., object], *args: object) -> Traffic:
     with _Counter() as counter, torch.enable_grad():
         function(*args)
     return Traffic(counter.read, counter.written, counter.launches)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follow every storage made while active, until it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known:
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen[key] = size
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.live -= self.seen.pop(key, 0)
+
+
+def peak_memory(function: Callable[..., object], *args: object) -> int:
+    """Largest number of bytes that tensors made by `function(*args)` occupy at once, on any device.
+
+    Inputs do not count, results do. Buffers that an operation allocates and frees inside itself are not seen.
+    """
+    with _LiveBytes() as live, torch.enable_grad():
+        function(*args)
+    return live.peak

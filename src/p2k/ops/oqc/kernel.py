@@ -2,50 +2,45 @@
 
 Every program walks groups of ROWS rows. A row is a few sums, then one elementwise pass. A row that fits in one tile
 stays in registers between the two; a wider one is read again, tile by tile. A pointer that is None switches its
-branch off at compile time. The forward pass saves two numbers per token, c = <a, m> / n and 1 / n with
-n = <m, m> + eps; the backward pass recomputes the rest from the inputs. No atomics: a gradient that sums over tokens
-is a partial sum per program and one reduction over programs, so two runs agree bit for bit.
-
+branch off at compile time. The forward pass saves c = <a, m> / n and 1 / n, n = <m, m> + eps, for each token; the
+backward pass recomputes the rest. No atomics: a gradient that sums over tokens is a partial sum per program and one
+reduction over programs, so two runs agree bit for bit.
 Letters: g upstream gradient, m main vector, a auxiliary vector after its channel gate, k gate, w channel gate.
 
 Source: wang2026oqc, eq:oqc-inject, eq:oqc-rank, eq:oqc-backward.  Chapter: oqc
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a tile -> (rows per program, warps): 16 elements of each operand per thread, at least 4 warps.
-# A row wider than the last entry is read in tiles of that entry.
+# Columns of a tile -> (rows per program, warps): 8 elements of each operand per thread, at least 4 warps, which is
+# what the compile check finds to fit in registers. A row wider than the last entry is read in tiles of that entry.
 LAUNCH = {
-    16: (128, 4),
-    32: (64, 4),
-    64: (32, 4),
-    128: (16, 4),
-    256: (8, 4),
-    512: (4, 4),
-    1024: (2, 4),
-    2048: (1, 4),
-    4096: (1, 8),
-    8192: (1, 16),
-}
+    16: (64, 4), 32: (32, 4), 64: (16, 4), 128: (8, 4), 256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8),
+    4096: (1, 16),
+}  # fmt: skip
 # Programs of a backward pass that keeps partial sums: enough to fill a GPU, few enough that the sums stay small.
 PARTIALS = 512
 
 
 @triton.jit
-def _tile(ptr, rows, stride, columns, tokens, width, ACC: tl.constexpr):
+def _tile(ptr, rows, stride, columns, tokens, width, ACC: tl.constexpr, ALIGN: tl.constexpr):
     """A [ROWS, BLOCK] tile in the accumulation type; zero outside the tensor."""
-    inside = (rows < tokens)[:, None] & (columns < width)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(ACC)
+    inside = (rows < tokens)[:, None] & tl.max_constancy(columns < width, ALIGN)[None, :]
+    start = tl.multiple_of(rows * stride, ALIGN)
+    return tl.load(ptr + start[:, None] + columns[None, :], mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
-def _write(ptr, rows, columns, tokens, width, value):
+def _write(ptr, rows, columns, tokens, width, value, ALIGN: tl.constexpr):
     """Round a tile once, into a contiguous output."""
-    inside = (rows < tokens)[:, None] & (columns < width)[None, :]
-    tl.store(ptr + rows[:, None] * width + columns[None, :], value.to(ptr.dtype.element_ty), mask=inside)
+    inside = (rows < tokens)[:, None] & tl.max_constancy(columns < width, ALIGN)[None, :]
+    start = tl.multiple_of(rows * width, ALIGN)
+    tl.store(ptr + start[:, None] + columns[None, :], value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,8 +81,7 @@ def _inverse(n, TINY: tl.constexpr):
 def _add_partial(ptr, group, columns, width, tile):
     """Add the tile's column sums to this program's row of partial sums, which its first group starts."""
     at = ptr + tl.program_id(0).to(tl.int64) * width + columns
-    # Other threads of the program may have stored what this thread is about to read.
-    tl.debug_barrier()
+    tl.debug_barrier()  # other threads of the program may have stored what this one is about to read
     before = tl.load(at, mask=(columns < width) & (group != tl.program_id(0)), other=0.0)
     tl.store(at, before + tl.sum(tile, 0), mask=columns < width)
 
@@ -96,20 +90,19 @@ def _add_partial(ptr, group, columns, width, tile):
 def inject_forward_program(
     main_ptr, aux_ptr, gate_ptr, pre_ptr, out_ptr, c_ptr, inverse_ptr,
     main_stride, aux_stride, gate_stride, tokens, width, eps,
-    ACC: tl.constexpr, TINY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write main + k (a - c main), c and 1 / n."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    m = _tile(main_ptr, rows, main_stride, columns, tokens, width, ACC)
-    a = _tile(aux_ptr, rows, aux_stride, columns, tokens, width, ACC) * _channels(pre_ptr, columns, width, ACC)
-    mm = _sum(m * m)
-    am = _sum(a * m)
-    for tile in range(1, TILES):
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    m, a, mm, am = zero, zero, nothing, nothing
+    for tile in range(0, TILES):
         at = tile * BLOCK + columns
-        m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC)
-        a = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC) * _channels(pre_ptr, at, width, ACC)
-        mm += _sum(m * m)
-        am += _sum(a * m)
+        m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
+        a = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC, ALIGN) * _channels(pre_ptr, at, width, ACC)
+        mm, am = mm + _sum(m * m), am + _sum(a * m)
     inverse = _inverse(mm + eps, TINY)
     c = am * inverse
     _save(c_ptr, rows, tokens, c)
@@ -118,9 +111,9 @@ def inject_forward_program(
     for tile in range(0, TILES):
         at = tile * BLOCK + columns
         if TILES > 1:
-            m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC)
-            a = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC) * _channels(pre_ptr, at, width, ACC)
-        _write(out_ptr, rows, at, tokens, width, m + k * (a - c * m))
+            m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
+            a = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC, ALIGN) * _channels(pre_ptr, at, width, ACC)
+        _write(out_ptr, rows, at, tokens, width, m + k * (a - c * m), ALIGN)
 
 
 @triton.jit
@@ -128,44 +121,41 @@ def inject_backward_program(
     grad_ptr, main_ptr, aux_ptr, gate_ptr, pre_ptr, c_ptr, inverse_ptr,
     dmain_ptr, daux_ptr, dgate_ptr, dpre_ptr,
     grad_stride, main_stride, aux_stride, gate_stride, tokens, width,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients whose pointers are there, with tau = k <g, m> / n."""
     columns = tl.arange(0, BLOCK)
-    dpre = tl.zeros((ROWS, BLOCK), ACC)
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    dpre = zero
     for group in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         rows = (tl.zeros((ROWS,), tl.int64) + group) * ROWS + tl.arange(0, ROWS)
         c = _numbers(c_ptr, rows, 1, tokens, ACC)
         k = _numbers(gate_ptr, rows, gate_stride, tokens, ACC)
-        g = _tile(grad_ptr, rows, grad_stride, columns, tokens, width, ACC)
-        m = _tile(main_ptr, rows, main_stride, columns, tokens, width, ACC)
-        z = _tile(aux_ptr, rows, aux_stride, columns, tokens, width, ACC)
-        w = _channels(pre_ptr, columns, width, ACC)
-        gm = _sum(g * m)
-        gp = _sum(g * (w * z - c * m))
-        for tile in range(1, TILES):
+        g, m, z, w = zero, zero, zero, tl.zeros((1, BLOCK), ACC)
+        gm, gp = nothing, nothing
+        for tile in range(0, TILES):
             at = tile * BLOCK + columns
-            g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC)
-            m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC)
-            z = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC)
+            g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
+            m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
+            z = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC, ALIGN)
             w = _channels(pre_ptr, at, width, ACC)
-            gm += _sum(g * m)
-            gp += _sum(g * (w * z - c * m))
+            gm, gp = gm + _sum(g * m), gp + _sum(g * (w * z - c * m))
         tau = k * gm * _numbers(inverse_ptr, rows, 1, tokens, ACC)
         if dgate_ptr is not None:
             _save(dgate_ptr, rows, tokens, gp)
         for tile in range(0, TILES):
             at = tile * BLOCK + columns
             if TILES > 1:
-                g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC)
-                m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC)
-                z = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC)
+                g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
+                m = _tile(main_ptr, rows, main_stride, at, tokens, width, ACC, ALIGN)
+                z = _tile(aux_ptr, rows, aux_stride, at, tokens, width, ACC, ALIGN)
                 w = _channels(pre_ptr, at, width, ACC)
             v = k * g
             da = v - tau * m
             if dmain_ptr is not None:
-                _write(dmain_ptr, rows, at, tokens, width, g - c * v - tau * (w * z - 2.0 * c * m))
+                _write(dmain_ptr, rows, at, tokens, width, g - c * v - tau * (w * z - 2.0 * c * m), ALIGN)
             if daux_ptr is not None:
-                _write(daux_ptr, rows, at, tokens, width, w * da)
+                _write(daux_ptr, rows, at, tokens, width, w * da, ALIGN)
             if dpre_ptr is not None:
                 if TILES > 1:
                     _add_partial(dpre_ptr, group, at, width, da * z)
@@ -179,26 +169,21 @@ def inject_backward_program(
 def rank_forward_program(
     left_ptr, right_ptr, host_ptr, weight_ptr, gate_ptr, out_ptr, c_ptr, inverse_ptr,
     left_stride, right_stride, host_stride, gate_stride, tokens, width, eps, norm_eps,
-    ACC: tl.constexpr, TINY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, TINY: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write k (rho f - c u), c and 1 / n, with s = left * right, f = weight * s and rho = 1 / rms(s)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
-    s = _tile(left_ptr, rows, left_stride, columns, tokens, width, ACC)
-    s *= _tile(right_ptr, rows, right_stride, columns, tokens, width, ACC)
-    u = _tile(host_ptr, rows, host_stride, columns, tokens, width, ACC)
-    f = s * _channels(weight_ptr, columns, width, ACC)
-    ss = _sum(s * s)
-    fu = _sum(f * u)
-    uu = _sum(u * u)
-    for tile in range(1, TILES):
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    u, f, ss, fu, uu = zero, zero, nothing, nothing, nothing
+    for tile in range(0, TILES):
         at = tile * BLOCK + columns
-        s = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC)
-        s *= _tile(right_ptr, rows, right_stride, at, tokens, width, ACC)
-        u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC)
+        s = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
+        s *= _tile(right_ptr, rows, right_stride, at, tokens, width, ACC, ALIGN)
+        u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC, ALIGN)
         f = s * _channels(weight_ptr, at, width, ACC)
-        ss += _sum(s * s)
-        fu += _sum(f * u)
-        uu += _sum(u * u)
+        ss, fu, uu = ss + _sum(s * s), fu + _sum(f * u), uu + _sum(u * u)
     inverse = _inverse(uu + eps, TINY)
     rho = tl.rsqrt(ss / width + norm_eps)
     c = rho * fu * inverse
@@ -208,11 +193,11 @@ def rank_forward_program(
     for tile in range(0, TILES):
         at = tile * BLOCK + columns
         if TILES > 1:
-            s = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC)
-            s *= _tile(right_ptr, rows, right_stride, at, tokens, width, ACC)
-            u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC)
+            s = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
+            s *= _tile(right_ptr, rows, right_stride, at, tokens, width, ACC, ALIGN)
+            u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC, ALIGN)
             f = s * _channels(weight_ptr, at, width, ACC)
-        _write(out_ptr, rows, at, tokens, width, k * (rho * f - c * u))
+        _write(out_ptr, rows, at, tokens, width, k * (rho * f - c * u), ALIGN)
 
 
 @triton.jit
@@ -220,34 +205,27 @@ def rank_backward_program(
     grad_ptr, left_ptr, right_ptr, host_ptr, weight_ptr, gate_ptr, c_ptr, inverse_ptr,
     dleft_ptr, dright_ptr, dhost_ptr, dweight_ptr, dgate_ptr,
     grad_stride, left_stride, right_stride, host_stride, gate_stride, tokens, width, norm_eps,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients whose pointers are there; x and y are the factors, u the host, rho = 1 / rms(x y)."""
     columns = tl.arange(0, BLOCK)
-    dweight = tl.zeros((ROWS, BLOCK), ACC)
+    zero, nothing = tl.zeros((ROWS, BLOCK), ACC), tl.zeros((ROWS, 1), ACC)
+    dweight = zero
     for group in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         rows = (tl.zeros((ROWS,), tl.int64) + group) * ROWS + tl.arange(0, ROWS)
         c = _numbers(c_ptr, rows, 1, tokens, ACC)
         k = _numbers(gate_ptr, rows, gate_stride, tokens, ACC)
-        g = _tile(grad_ptr, rows, grad_stride, columns, tokens, width, ACC)
-        x = _tile(left_ptr, rows, left_stride, columns, tokens, width, ACC)
-        y = _tile(right_ptr, rows, right_stride, columns, tokens, width, ACC)
-        u = _tile(host_ptr, rows, host_stride, columns, tokens, width, ACC)
-        w = _channels(weight_ptr, columns, width, ACC)
-        ss = _sum(x * y * (x * y))
-        gu = _sum(g * u)
-        fg = _sum(w * x * y * g)
-        fu = _sum(w * x * y * u)
-        for tile in range(1, TILES):
+        g, x, y, u, w = zero, zero, zero, zero, tl.zeros((1, BLOCK), ACC)
+        ss, gu, fg, fu = nothing, nothing, nothing, nothing
+        for tile in range(0, TILES):
             at = tile * BLOCK + columns
-            g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC)
-            x = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC)
-            y = _tile(right_ptr, rows, right_stride, at, tokens, width, ACC)
-            u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC)
+            g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
+            x = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
+            y = _tile(right_ptr, rows, right_stride, at, tokens, width, ACC, ALIGN)
+            u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC, ALIGN)
             w = _channels(weight_ptr, at, width, ACC)
-            ss += _sum(x * y * (x * y))
-            gu += _sum(g * u)
-            fg += _sum(w * x * y * g)
-            fu += _sum(w * x * y * u)
+            ss, gu = ss + _sum(x * y * (x * y)), gu + _sum(g * u)
+            fg, fu = fg + _sum(w * x * y * g), fu + _sum(w * x * y * u)
         rho = tl.rsqrt(ss / width + norm_eps)
         tau = k * gu * _numbers(inverse_ptr, rows, 1, tokens, ACC)
         # <s, w df> of the norm's own backward, from the sums: df = k g - tau u.
@@ -257,20 +235,20 @@ def rank_backward_program(
         for tile in range(0, TILES):
             at = tile * BLOCK + columns
             if TILES > 1:
-                g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC)
-                x = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC)
-                y = _tile(right_ptr, rows, right_stride, at, tokens, width, ACC)
-                u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC)
+                g = _tile(grad_ptr, rows, grad_stride, at, tokens, width, ACC, ALIGN)
+                x = _tile(left_ptr, rows, left_stride, at, tokens, width, ACC, ALIGN)
+                y = _tile(right_ptr, rows, right_stride, at, tokens, width, ACC, ALIGN)
+                u = _tile(host_ptr, rows, host_stride, at, tokens, width, ACC, ALIGN)
                 w = _channels(weight_ptr, at, width, ACC)
             v = k * g
             df = v - tau * u
             ds = rho * (w * df - x * y * along)
             if dleft_ptr is not None:
-                _write(dleft_ptr, rows, at, tokens, width, ds * y)
+                _write(dleft_ptr, rows, at, tokens, width, ds * y, ALIGN)
             if dright_ptr is not None:
-                _write(dright_ptr, rows, at, tokens, width, ds * x)
+                _write(dright_ptr, rows, at, tokens, width, ds * x, ALIGN)
             if dhost_ptr is not None:
-                _write(dhost_ptr, rows, at, tokens, width, -c * v - tau * (rho * w * x * y - 2.0 * c * u))
+                _write(dhost_ptr, rows, at, tokens, width, -c * v - tau * (rho * w * x * y - 2.0 * c * u), ALIGN)
             if dweight_ptr is not None:
                 if TILES > 1:
                     _add_partial(dweight_ptr, group, at, width, rho * df * x * y)
@@ -289,7 +267,7 @@ def inject_forward(
     gate, gate_stride = _per_token(gate)
     pre_gate = None if pre_gate is None else pre_gate.contiguous()
     tokens, width = m.shape
-    shape = _shape(m)
+    shape = _shape(m, a)
     if tokens:
         with torch.cuda.device_of(main):
             inject_forward_program[(triton.cdiv(tokens, shape["ROWS"]),)](
@@ -305,13 +283,13 @@ def inject_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Launch the backward program: gradients of (main, aux, gate, pre_gate), None where `needs` says no."""
-    dmain, daux = (_like(main) if need else None for need in needs[:2])
+    dmain, daux = (main.new_empty(main.shape) if need else None for need in needs[:2])
     dgate = _gate_gradient(gate, c) if needs[2] else None
     g, m, a = _rows(grad), _rows(main), _rows(aux)
     gates, gate_stride = _per_token(gate)
     channels = None if pre_gate is None else pre_gate.contiguous()
     tokens, width = m.shape
-    shape = _shape(m)
+    shape = _shape(m, a, g)
     programs = triton.cdiv(tokens, shape["ROWS"])
     dpre = c.new_empty(min(programs, PARTIALS), width) if needs[3] else None
     if tokens:
@@ -331,7 +309,7 @@ def rank_forward(
     x, y, u = _rows(left), _rows(right), _rows(host)
     gate, gate_stride = _per_token(gate)
     tokens, width = x.shape
-    shape = _shape(x)
+    shape = _shape(x, y, u)
     if tokens:
         with torch.cuda.device_of(left):
             rank_forward_program[(triton.cdiv(tokens, shape["ROWS"]),)](
@@ -347,12 +325,12 @@ def rank_backward(
     inverse: Tensor, norm_eps: float, needs: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Launch the rank-space backward program: gradients of (left, right, host, weight, gate), None if not needed."""
-    dleft, dright, dhost = (_like(left) if need else None for need in needs[:3])
+    dleft, dright, dhost = (left.new_empty(left.shape) if need else None for need in needs[:3])
     dgate = _gate_gradient(gate, c) if needs[4] else None
     g, x, y, u = _rows(grad), _rows(left), _rows(right), _rows(host)
     gates, gate_stride = _per_token(gate)
     tokens, width = x.shape
-    shape = _shape(x)
+    shape = _shape(x, y, u, g)
     programs = triton.cdiv(tokens, shape["ROWS"])
     dweight = c.new_empty(min(programs, PARTIALS), width) if needs[3] else None
     if tokens:
@@ -364,13 +342,22 @@ def rank_backward(
     return dleft, dright, dhost, _sum_programs(weight, dweight), _sum_gate(gate, dgate)
 
 
-def _shape(rows: Tensor) -> dict:
-    """The compile-time sizes of a launch over `rows`."""
-    width = rows.shape[1]
+def _shape(*operands: Tensor) -> dict:
+    """The compile-time sizes of a launch over `[tokens, width]` operands, the first of which sets the dtype.
+
+    ALIGN divides every row's start and length, so that loads may be as wide as that many elements.
+    """
+    width = operands[0].shape[1]
     block = next((columns for columns in LAUNCH if columns >= width), max(LAUNCH))
     group, warps = LAUNCH[block]
-    accumulate = tl.float64 if rows.dtype == torch.float64 else tl.float32
-    return {"ACC": accumulate, "ROWS": group, "BLOCK": block, "TILES": triton.cdiv(width, block), "num_warps": warps}
+    return {
+        "ACC": tl.float64 if operands[0].dtype == torch.float64 else tl.float32,
+        "ALIGN": math.gcd(16, width, *(operand.stride(0) for operand in operands)),
+        "ROWS": group,
+        "BLOCK": block,
+        "TILES": triton.cdiv(width, block),
+        "num_warps": warps,
+    }
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -387,21 +374,16 @@ def _per_token(gate: Tensor | None) -> tuple[Tensor | None, int]:
     return numbers, numbers.stride(0)
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """A contiguous output of the tensor's shape, to be written in full."""
-    return tensor.new_empty(tensor.shape)
-
-
 def _outputs(main: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Empty result and saved numbers c and 1 / n, one per token, in the accumulation type."""
     wide = torch.promote_types(main.dtype, torch.float32)
     c, inverse = (main.new_empty(main.shape[:-1], dtype=wide) for _ in range(2))
-    return _like(main), c, inverse
+    return main.new_empty(main.shape), c, inverse
 
 
 def _gate_gradient(gate: Tensor, c: Tensor) -> Tensor:
     """One number per token: in the gate's own type, or unrounded where a 0-d gate will sum them."""
-    return torch.empty_like(c) if gate.ndim == 0 else _like(gate)
+    return torch.empty_like(c) if gate.ndim == 0 else gate.new_empty(gate.shape)
 
 
 def _sum_gate(gate: Tensor | None, dgate: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ Saved = tuple[Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("p2k::inject_forward", mutates_args=())
 def inject_forward(main: Tensor, aux: Tensor, gate: Tensor | None, pre_gate: Tensor | None, eps: float) -> Saved:
+    """Result, c and 1 / n of `project_and_inject`."""
     from p2k.ops.oqc import kernel
 
     return kernel.inject_forward(main, aux, gate, pre_gate, eps)
@@ -30,6 +31,7 @@ def inject_backward(
     grad: Tensor, main: Tensor, aux: Tensor, gate: Tensor | None, pre_gate: Tensor | None, c: Tensor, inverse: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `project_and_inject`, an empty tensor for each that is not needed."""
     from p2k.ops.oqc import kernel
 
     return _present(grad, kernel.inject_backward(grad, main, aux, gate, pre_gate, c, inverse, needs))
@@ -39,16 +41,18 @@ def inject_backward(
 def rank_forward(
     left: Tensor, right: Tensor, host: Tensor, weight: Tensor, gate: Tensor | None, eps: float, norm_eps: float
 ) -> Saved:
+    """Result, c and 1 / n of `rank_project`."""
     from p2k.ops.oqc import kernel
 
     return kernel.rank_forward(left, right, host, weight, gate, eps, norm_eps)
 
 
 @torch.library.custom_op("p2k::rank_backward", mutates_args=())
-def rank_backward(
+def rank_backward(  # noqa: PLR0913 - an op names its tensors one by one
     grad: Tensor, left: Tensor, right: Tensor, host: Tensor, weight: Tensor, gate: Tensor | None, c: Tensor,
     inverse: Tensor, norm_eps: float, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `rank_project`, an empty tensor for each that is not needed."""
     from p2k.ops.oqc import kernel
 
     return _present(grad, kernel.rank_backward(grad, left, right, host, weight, gate, c, inverse, norm_eps, needs))

@@ -1,0 +1,78 @@
+import time
+
+import pytest
+import torch
+
+from p2k.core import benchmark
+from p2k.core.benchmark import Ceilings, Clock, Cost, Workload
+
+CPU = torch.device("cpu")
+
+
+def square(x):
+    return x * x
+
+
+def make_workload(kernel=square, reference=square):
+    return Workload(
+        op="square",
+        shape={"n": 64},
+        dtype=torch.float32,
+        make_inputs=lambda source, device, dtype: (torch.randn(64, generator=source, device=device, dtype=dtype),),
+        kernel=kernel,
+        reference=reference,
+        forward=Cost(bytes=512, flops=64),
+        backward=Cost(bytes=768, flops=128),
+    )
+
+
+def test_cost_of_both_passes_is_the_sum():
+    assert make_workload().cost("both") == Cost(1280, 192)
+    assert make_workload().cost("forward") == Cost(512, 64)
+
+
+@pytest.mark.parametrize(("cost", "seconds"), [(Cost(100, 1), 10.0), (Cost(1, 100), 5.0)])
+def test_bound_is_the_slower_of_memory_and_arithmetic(cost, seconds):
+    assert Ceilings(bytes_per_second=10, flops_per_second=20).bound_seconds(cost) == seconds
+
+
+def test_passes_compute_what_they_say():
+    x, upstream = torch.randn(5), torch.randn(5)
+    closures = benchmark.closures(make_workload(), square, (x,), upstream)
+    assert torch.equal(closures["forward"](), x * x)
+    assert torch.equal(closures["backward"]()[0], 2 * x * upstream)
+    assert torch.equal(closures["both"]()[0], 2 * x * upstream)
+    assert not x.requires_grad
+
+
+def test_interleaving_sees_a_slow_implementation():
+    calls = {"fast": [lambda: None], "slow": [lambda: time.sleep(0.002)]}
+    samples = benchmark.interleaved_seconds(calls, Clock(CPU), budget=0.05)
+    assert len(samples["fast"]) == len(samples["slow"]) >= 5
+    assert min(samples["slow"]) > 0.002 > max(samples["fast"])
+
+
+def test_interleaving_respects_its_round_limit():
+    samples = benchmark.interleaved_seconds({"only": [lambda: None]}, Clock(CPU), budget=60, rounds=7)
+    assert len(samples["only"]) == 7
+
+
+def test_rotation_exceeds_the_cache(monkeypatch):
+    monkeypatch.setattr(benchmark, "cache_bytes", lambda device: 600)
+    sets = list(benchmark.rotated_inputs(make_workload(), CPU, seed=0))
+    assert 256 * len(sets) > 1800
+    assert not torch.equal(sets[0][0][0], sets[1][0][0])
+
+
+def test_errors_are_taken_against_float64_in_value_and_gradient():
+    right = benchmark.errors_against_float64(make_workload(), square, CPU, seed=0)
+    assert max(right.values()) < 1e-6
+    wrong = benchmark.errors_against_float64(make_workload(), lambda x: x * x + 0.01 * x.detach() * x, CPU, seed=0)
+    assert wrong["forward"] > 1e-3
+    assert wrong["backward"] > 1e-3
+
+
+def test_ceilings_are_positive_and_ordered_like_a_machine():
+    ceilings = benchmark.measure_ceilings(CPU)
+    assert 1e8 < ceilings.bytes_per_second < 1e13
+    assert 1e8 < ceilings.flops_per_second < 1e14

@@ -1,0 +1,15 @@
+import contextlib
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+# A test without the device it needs is not collected, rather than reported as skipped.
+collect_ignore = ["test_oqc_interpreter.py"] if GPU else ["test_oqc_gpu.py"]
+
+
+@pytest.fixture(autouse=True)
+def _gpu_where_there_is_one():
+    """The same tests run compiled kernels on a GPU and interpreted ones elsewhere."""
+    with torch.device("cuda") if GPU else contextlib.nullcontext():
+        yield

@@ -1,0 +1,166 @@
+"""The site as a reader sees it: headless Chromium, two widths, light and dark, everything but 127.0.0.1 blocked."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page
+
+pytestmark = pytest.mark.site
+
+GENERATED = ["genindex", "py-modindex", "search", "_modules/p2k/ops/oqc"]
+VIEWS = [(width, mode) for width in (1280, 390) for mode in ("light", "dark")]
+# Axe's own names for findings that keep somebody from reading the page.
+SERIOUS = {"serious", "critical"}
+# Rules whose outcome depends on width and colours; the others read the same HTML in every view.
+OF_THE_VIEW = ["color-contrast", "link-in-text-block", "scrollable-region-focusable"]
+TYPESET = """async () => {
+  if (window.MathJax?.startup) await MathJax.startup.promise;
+  await document.fonts.ready;
+  const article = document.querySelector("article, .bd-article, main");
+  const copy = article.cloneNode(true);
+  copy.querySelectorAll("pre, code, script, style, mjx-container").forEach((node) => node.remove());
+  const math = [...document.querySelectorAll(".math")];
+  return {
+    raw: copy.textContent.match(/\\$\\$|\\\\[([]|\\\\(frac|inner|norm|begin|mathbb|varepsilon)/g) ?? [],
+    unset: math.filter((node) => !node.querySelector("mjx-container")).map((node) => node.textContent),
+    wrong: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map((node) => node.textContent),
+    broken: [...document.images].filter((image) => !image.complete || !image.naturalWidth).map((image) => image.src),
+    nameless: [...document.images].filter((image) => !image.alt.trim()).map((image) => image.src),
+  };
+}"""
+SIDEWAYS = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
+  [...document.querySelectorAll("body *")].filter((node) => node.getBoundingClientRect().right > innerWidth + 1)
+    .slice(0, 5).map((node) => `${node.tagName}.${node.className}: ${node.textContent.trim().slice(0, 60)}`)
+    .concat(`page is ${document.documentElement.scrollWidth} wide`)"""
+
+
+@dataclass
+class Visit:
+    """A page and all that went wrong on it."""
+
+    page: Page
+    problems: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def visit(browser: object, address: str) -> Iterator[Visit]:
+    """One page for all tests, watched."""
+    context = browser.new_context(base_url=address)
+    page = context.new_page()
+    seen = Visit(page)
+
+    def guard(route: object) -> None:
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            seen.problems.append(f"external request: {route.request.url}")
+            route.abort()
+
+    context.route("**/*", guard)
+    page.on("console", lambda message: message.type == "error" and seen.problems.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: seen.problems.append(f"script: {error}"))
+    page.on("requestfailed", lambda request: seen.problems.append(f"failed: {request.url}"))
+    page.on("response", lambda reply: reply.status >= 400 and seen.problems.append(f"{reply.status}: {reply.url}"))
+    yield seen
+    context.close()
+
+
+def show(visit: Visit, name: str, width: int = 1280, mode: str = "light") -> Page:
+    """Open a page in one view, as a reader does who has chosen the mode."""
+    visit.problems.clear()
+    visit.page.set_viewport_size({"width": width, "height": 900})
+    visit.page.add_init_script(f"localStorage.setItem('mode', '{mode}'); localStorage.setItem('theme', '{mode}')")
+    visit.page.goto(f"{name}.html", wait_until="load")
+    return visit.page
+
+
+def test_page_is_whole_in_every_view(visit: Visit, toc_page: str) -> None:
+    assert_whole(visit, toc_page)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_page_is_whole_in_every_view(visit: Visit, name: str) -> None:
+    assert_whole(visit, name)
+
+
+def assert_whole(visit: Visit, name: str) -> None:
+    """Nothing failed to load, all mathematics is set, and nothing is cut off."""
+    problems = []
+    for width, mode in VIEWS:
+        page = show(visit, name, width, mode)
+        found = page.evaluate(TYPESET)
+        problems += [f"{width} {mode}: {what}: {items}" for what, items in found.items() if items]
+        problems += [f"{width} {mode}: sideways scroll: {item}" for item in page.evaluate(SIDEWAYS)]
+        assert page.evaluate("document.documentElement.dataset.theme") == mode
+        problems += [f"{width} {mode}: {problem}" for problem in visit.problems]
+    assert not problems, "\n".join(problems)
+
+
+def test_page_is_accessible(visit: Visit, toc_page: str) -> None:
+    problems = []
+    for width, mode, rules in ((1280, "light", {}), (390, "dark", {"runOnly": OF_THE_VIEW})):
+        page = show(visit, toc_page, width, mode)
+        page.evaluate(TYPESET)
+        options = {"resultTypes": ["violations"], "preload": False, **rules}
+        for finding in Axe().run(page, options=options).response["violations"]:
+            if finding["impact"] in SERIOUS:
+                where = [f"{node['html'][:160]} ({node['any'][:1]})"[:400] for node in finding["nodes"][:3]]
+                problems.append(f"{width} {mode}: {finding['id']}: {finding['help']}: {where}")
+    assert not problems, "\n".join(problems)
+
+
+def test_catalogue_is_a_plain_table_without_scripts(browser: object, address: str) -> None:
+    context = browser.new_context(base_url=address, java_script_enabled=False)
+    page = context.new_page()
+    page.goto("book/catalogue.html")
+    assert page.locator("table.p2k-catalogue tbody tr:visible").count() == 194
+    assert page.locator("form.p2k-filter").count() == 0
+    context.close()
+
+
+def test_catalogue_filters_by_words_part_kind_and_status(visit: Visit) -> None:
+    page = show(visit, "book/catalogue")
+    rows = page.locator("table.p2k-catalogue tbody tr:visible")
+    assert rows.count() == 194
+    page.get_by_label("Words").fill("orthogonal quadratic")
+    assert rows.count() == 1
+    assert page.locator("form.p2k-filter output").inner_text() == "1 of 194 papers"
+    page.get_by_label("Words").fill("")
+    page.get_by_label("Part").select_option("Optimizers")
+    in_part = rows.count()
+    assert 0 < in_part < 194
+    page.get_by_label("Kind").select_option("theory")
+    assert rows.count() < in_part
+    page.get_by_label("Status").select_option(index=1)
+    assert set(rows.locator("td:last-child").all_inner_texts()) <= {
+        page.get_by_label("Status").evaluate("select => select.value")
+    }
+    assert not visit.problems
+
+
+def test_interactive_figure_moves_without_a_kernel(visit: Visit, chapter_page: str) -> None:
+    page = show(visit, chapter_page)
+    sliders = page.locator("input[type=range]")
+    assert sliders.count() > 0, "a core chapter has one interactive figure"
+    state = """input => { const box = input.closest(".cell_output").cloneNode(true);
+                          box.querySelectorAll("input").forEach((node) => node.remove()); return box.innerHTML; }"""
+    for index in range(sliders.count()):
+        before = sliders.nth(index).evaluate(state)
+        sliders.nth(index).press("End")
+        assert sliders.nth(index).evaluate(state) != before, f"slider {index} changes nothing"
+    assert not visit.problems
+
+
+def test_search_finds_a_page_offline(visit: Visit) -> None:
+    page = show(visit, "search")
+    page.goto("search.html?q=orthogonal")
+    page.locator("#search-results ul.search li").first.wait_for(timeout=10_000)
+    assert not visit.problems
+
+
+def test_missing_chromium_says_how_to_get_it(chromium: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        chromium()
