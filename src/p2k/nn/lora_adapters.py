@@ -6,9 +6,7 @@ Chapter: inflection
 import copy
 import dataclasses
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from p2k.core.checks import require
 from p2k.core.errors import P2KError
+from p2k.core.files import write_atomic, write_atomically
 from p2k.nn.lora import LoraConfig, LoraLinear, ModulesToSave
 
 # PEFT's wrapper puts the model two attributes deep; the names in its files carry that path.
@@ -131,9 +130,9 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     library = require("safetensors.torch", extra="adapters", purpose="saving an adapter")
     settings = {"peft_type": "LORA", **dataclasses.asdict(model.peft_config[adapter_name]), "inference_mode": True}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, library.save(tensors, metadata={"format": "pt"}))
-    _write(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
+    content = library.save(tensors, metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS, lambda file: file.write(content))
+    write_atomic(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True))
 
 
 def load_adapter(
@@ -267,16 +266,3 @@ def _misfit(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> 
         return f"only one of the two has {', '.join(odd[:4])}"
     wrong = [name for name, tensor in tensors.items() if tensor.shape != parameters[name].shape]
     return f"shapes differ at {', '.join(wrong[:4])}" if wrong else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
