@@ -9,11 +9,12 @@ export OMP_NUM_THREADS = 1
 # With bytecode caches off, every process would spend seconds compiling torch.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help book test test-all serve lint lock clean
+.PHONY: help book test test-all gpu serve lint lock clean
 help:
 	@echo "make book      create .venv, execute stale chapters, render the site"
 	@echo "make test      create .venv, run the test suite"
 	@echo "make test-all  the same, re-running every stored notebook"
+	@echo "make gpu       on a machine with a GPU: run the tests, then the benchmarks"
 	@echo "make serve     serve the site on http://127.0.0.1:8000"
 	@echo "make lint      ruff: check and format"
 	@echo "make lock      resolve requirements.lock again"
@@ -36,6 +37,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	P2K_ALL_NOTEBOOKS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The records go where the page of benchmarks finds them. The tests do not skip what needs a GPU where there is one.
+OUT ?= book/results/benchmarks/cuda
+gpu: $(STAMP)
+	$(BIN)/python -c "from p2k.core.device import choose_device; choose_device('cuda')"
+	$(BIN)/python -m pytest
+	$(BIN)/p2k bench --device cuda --out $(OUT)
 
 serve: $(STAMP)
 	$(BIN)/p2k serve

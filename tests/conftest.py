@@ -1,6 +1,9 @@
-"""Settings every test process needs before torch and Triton are imported."""
+"""Settings every test process needs before torch and Triton are imported, and what each test file costs."""
 
+import collections
+import json
 import os
+from pathlib import Path
 
 # One thread is deterministic, and faster when test processes share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,3 +16,30 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
+
+
+class Seconds:
+    """Add up the seconds of every test file, and keep them in `_build/test-seconds.json` after a whole run.
+
+    With several processes only the one that collects the reports has this; `p2k bench` joins them per chapter.
+    """
+
+    def __init__(self) -> None:
+        self.files = collections.defaultdict(float)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self.files[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self, session) -> None:
+        target = Path(session.config.rootpath) / "_build" / "test-seconds.json"
+        target.parent.mkdir(exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        rounded = {name: round(seconds, 3) for name, seconds in sorted(self.files.items())}
+        part.write_text(json.dumps(rounded, indent=1))
+        os.replace(part, target)
+
+
+def pytest_configure(config) -> None:
+    whole = config.args_source.name == "TESTPATHS" and not any(config.getoption(name) for name in ("-k", "-m", "lf"))
+    if whole and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
+        config.pluginmanager.register(Seconds())

@@ -7,7 +7,7 @@ from pathlib import Path
 from sphinx.application import Sphinx
 
 # Launchers and jitted programs stand behind the public function of their op; chapters show their source.
-INTERNAL = {"kernel", "__main__"}
+INTERNAL = {"kernel", "registration", "__main__"}
 # In the order in which a method is built.
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "core", "book")
 

@@ -4,9 +4,12 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from p2k.book import cli
+from p2k.core.benchmark import Cost, Workload
+from p2k.experiments import benchmark_records
 
 README = "# Book\n\n<!-- chapters -->\nold\n<!-- /chapters -->\n\nEnd.\n"
 
@@ -45,6 +48,9 @@ def test_list_shows_begun_chapters_and_on_request_all(call):
         (["run", "tiny", "--profile", "gpu", "--device", "cpu"], 1, "needs a CUDA GPU"),
         (["new", "Bad"], 1, "slug must be"),
         (["check", "nope"], 1, "unknown chapter"),
+        (["bench", "nonsense", "--device", "cpu"], 1, "no such op: nonsense"),
+        (["bench", "--device", "tpu"], 1, "device must be auto, cpu, cuda"),
+        (["bench", "--device", "cpu", "--compare", "nowhere"], 1, "no benchmark files in nowhere"),
         (["serve"], 1, "the site is not built: p2k build"),
         (["frobnicate"], 2, "No such command"),
         (["run"], 2, "Missing argument"),
@@ -113,3 +119,63 @@ def test_a_failed_build_exits_with_one(call, monkeypatch):
     result = call("build", "--no-execute")
     assert result.exit_code == 1
     assert "the site was not built" in result.output
+
+
+@pytest.fixture
+def square(monkeypatch):
+    """One workload without compilation; the function sets the code that is measured against eager torch."""
+
+    def use(kernel):
+        workload = Workload(
+            op="square",
+            shape={"n": 4096},
+            dtype=torch.float32,
+            make_inputs=lambda source, device, dtype: (torch.randn(4096, generator=source),),
+            kernel=kernel,
+            reference=lambda x: x * x,
+            forward=Cost(bytes=32768, flops=4096),
+            backward=Cost(bytes=49152, flops=8192),
+        )
+        monkeypatch.setattr(cli.benchmark, "declared_workloads", lambda ops, device, *, quick: [workload])
+        candidates = {"eager": workload.reference, "kernel": kernel}
+        monkeypatch.setattr(cli.benchmark, "implementations", lambda workload: candidates)
+
+    return use
+
+
+def times(x, count):
+    for _ in range(count):
+        result = x * x
+    return result
+
+
+def test_bench_writes_records_and_costs(call, root, square):
+    square(lambda x: x * x)
+    result = call("bench", "--quick", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    folder = root / "runs" / "bench" / "cpu-quick"
+    assert f"1 files in {folder}" in result.output.replace("\n", "")
+    (file,) = benchmark_records.read_folder(folder)
+    assert file["effort"] == "quick"
+    assert len(file["records"]) == 6
+    assert "kernel" in result.output
+    assert (folder / benchmark_records.COST_FILE).is_file()
+    assert call("bench", "square", "--device", "cpu", "--out", "elsewhere").exit_code == 0
+    assert [path.name for path in (root / "elsewhere").iterdir()] == ["square-n4096-float32.json"]
+
+
+def test_bench_exits_with_one_on_a_wrong_result(call, square):
+    square(lambda x: x * x * 1.1)
+    result = call("bench", "--quick", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "square n=4096 float32 forward kernel: forward error" in result.output
+
+
+def test_bench_exits_with_one_on_a_planted_slowdown(call, square):
+    square(lambda x: x * x)
+    assert call("bench", "--quick", "--device", "cpu", "--out", "before").exit_code == 0
+    square(lambda x: times(x, 20))
+    result = call("bench", "--quick", "--device", "cpu", "--no-resume", "--out", "after", "--compare", "before")
+    assert result.exit_code == 1
+    assert "square float32 forward kernel {'n': 4096}: 0." in result.output
+    assert "x eager, was " in result.output

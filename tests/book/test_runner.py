@@ -82,7 +82,7 @@ def test_a_parameter_that_the_notebook_does_not_declare_is_refused(root):
 
 def test_only_a_gpu_run_records_results(root, monkeypatch):
     monkeypatch.setattr(runner, "_parameters", lambda *_: ({"seeds": 5}, "cpu"))
-    monkeypatch.setattr(runner, "_execute", lambda root, slug, parameters, work, **_: fake(root, slug, work))
+    monkeypatch.setattr(runner, "_execute", lambda root, slug, parameters, work, *_, **__: fake(root, slug, work))
 
     def fake(root, slug, work):
         (work / "digits.json").write_text("{}")

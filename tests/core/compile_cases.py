@@ -1,4 +1,4 @@
-"""Kernels for the compile check's own tests: one that must not compile, one that must spill, one without wide loads."""
+"""Kernels for the compile check's own tests: one that must not compile, one that must spill, and so on."""
 
 import torch
 import triton
@@ -10,6 +10,13 @@ def thin_dot(x_ptr, out_ptr, K: tl.constexpr):
     row, k = tl.arange(0, 16), tl.arange(0, K)
     x = tl.load(x_ptr + row[:, None] * K + k[None, :])
     tl.store(out_ptr + row[:, None] * 16 + row[None, :], tl.dot(x, tl.trans(x)))
+
+
+@triton.jit
+def fat_dot(x_ptr, out_ptr, K: tl.constexpr):
+    row = tl.arange(0, K)
+    x = tl.load(x_ptr + row[:, None] * K + row[None, :])
+    tl.store(out_ptr + row[:, None] * K + row[None, :], tl.dot(x, tl.trans(x)))
 
 
 @triton.jit
@@ -31,6 +38,11 @@ def _vectors(count):
     return torch.empty(count, device="meta"), torch.empty(count, device="meta")
 
 
+def _fat_dot():
+    x = torch.empty(64 * 64, device="meta", dtype=torch.bfloat16)
+    fat_dot[(1,)](x, torch.empty(64 * 64, device="meta"), K=64)
+
+
 def _thin_dot():
     thin_dot[(1,)](*_vectors(256), K=8)
 
@@ -38,6 +50,7 @@ def _thin_dot():
 def cases():
     yield "contiguous", (90,), lambda: copy[(1,)](*_vectors(1024), 1, 2.0, BLOCK=1024)
     yield "strided", (90,), lambda: copy[(1,)](*_vectors(1024), 3, 2.0, BLOCK=1024)
+    yield "product", (80, 90, 100), _fat_dot
     yield "hoard", (90,), lambda: hoard[(1,)](*_vectors(1 << 15), BLOCK=1 << 14, num_warps=1)
 
 

@@ -1,3 +1,6 @@
+import dataclasses
+import subprocess
+import sys
 import time
 
 import pytest
@@ -62,6 +65,42 @@ def test_rotation_exceeds_the_cache(monkeypatch):
     sets = list(benchmark.rotated_inputs(make_workload(), CPU, seed=0))
     assert 256 * len(sets) > 1800
     assert not torch.equal(sets[0][0][0], sets[1][0][0])
+
+
+def test_a_cached_workload_is_not_rotated():
+    cached = dataclasses.replace(make_workload(), cached=True)
+    assert len(list(benchmark.rotated_inputs(cached, CPU, seed=0))) == 1
+
+
+def test_warm_up_is_not_recorded():
+    calls = []
+    samples = benchmark.interleaved_seconds(
+        {"only": [lambda: calls.append(time.sleep(0.001))]}, Clock(CPU), budget=60, warm_up=0.02, rounds=5
+    )
+    assert len(samples["only"]) == 5
+    assert len(calls) > 10
+
+
+def test_freed_memory_is_reused_without_fresh_pages():
+    # In a process of its own, because the setting stays.
+    code = """
+import resource, torch
+from p2k.core.benchmark import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh = min(faults() for _ in range(20))
+keep_freed_memory()
+print(fresh, [faults() for _ in range(40)][-1])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, run.stdout.split())
+    # 32 MiB are 8,192 pages, or 16 huge ones.
+    assert fresh >= 16
+    assert kept == 0
 
 
 def test_errors_are_taken_against_float64_in_value_and_gradient():

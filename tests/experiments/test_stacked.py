@@ -40,6 +40,7 @@ def test_every_replica_has_its_own_learning_rate() -> None:
     for seed, (model, rate) in enumerate(zip(models, rates, strict=True)):
         alone = ToyNet(seed).double()
         train(alone, data, replace(CONFIG, learning_rate=rate), seed=7, progress=False)
+        # Rounding of float64, amplified as above.
         for p, q in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-9)
 

@@ -40,5 +40,5 @@ def test_table_has_gap_interval_and_verdict():
         [ResultRow("gain, points", 1.4, interval(1.0, 2.0)), ResultRow("new", None, interval(0.0, 1.0))]
     )
     assert table.splitlines()[2] == "| gain, points | 1.40 | 1.50 [1.00, 2.00], n = 5 | +0.10 | same direction |"
-    assert table.splitlines()[3].endswith("| none | 0.50 [0.00, 1.00], n = 5 | none | not comparable |")
+    assert table.splitlines()[3].endswith("| – | 0.50 [0.00, 1.00], n = 5 | – | not comparable |")
     assert table._repr_markdown_() == table

@@ -5,7 +5,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 # A test without the device it needs is not collected, rather than reported as skipped.
-collect_ignore = ["test_oqc_interpreter.py"] if GPU else ["test_oqc_gpu.py"]
+collect_ignore_glob = ["test_*_interpreter.py"] if GPU else ["test_*_gpu.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ WITHOUT_IDENTIFIER = {
     "wu2025afbo": "ICLR 2025, published on OpenReview only",
     "roy2007effective": "EUSIPCO 2007, proceedings without DOIs",
     "krizhevsky2009cifar": "a technical report of the University of Toronto",
+    "holm1979": "Scandinavian Journal of Statistics 6, on JSTOR without a DOI",
 }
 ENTRIES = parse_file(str(BIBLIOGRAPHY)).entries
 

@@ -11,14 +11,18 @@ import typer.core
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 from p2k.book import runner
 from p2k.book.catalogue import chapter_status, find_root, load_catalogue
 from p2k.book.check import check_book, check_chapter
 from p2k.book.scaffold import new_chapter
+from p2k.core.device import choose_device
 from p2k.core.doctor import examine
 from p2k.core.errors import P2KError
 from p2k.core.files import write_atomic
+from p2k.experiments import benchmark, benchmark_records
+from p2k.experiments.cost import chapter_costs
 
 
 class Group(typer.core.TyperGroup):
@@ -94,6 +98,39 @@ def serve(port: int = 8000) -> None:
     options = ["--bind", "127.0.0.1", "--directory", str(folder)]
     if subprocess.run([sys.executable, "-m", "http.server", str(port), *options], stderr=subprocess.DEVNULL).returncode:
         raise P2KError(f"port {port} cannot be used: p2k serve --port N")
+
+
+@app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="folders of p2k.ops; all when none is named")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="folder of the records; default runs/bench/<device>")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one size per op, rough medians")] = False,
+    compare: Annotated[Path | None, typer.Option(help="earlier records: a slower point is an error")] = None,
+    resume: Annotated[bool, typer.Option(help="keep what this code measured on this machine")] = True,
+) -> None:
+    """Measure the ops against eager torch, torch.compile and installed peers; 1 on an unbelievable or slower point."""
+    root, place = find_root(), choose_device(device)
+    folder = out or root / "runs" / "bench" / (f"{place.type}-quick" if quick else place.type)
+    here = benchmark.environment(place)
+    before = benchmark_records.read_baseline(compare, here) if compare else []
+    workloads = benchmark.declared_workloads(ops or [], place, quick=quick)
+    table, files = Table("op", "size", "pass", "implementation", "ms", "x eager", "roofline"), []
+    measured = benchmark.run(workloads, place, folder, quick=quick, resume=resume)
+    for _, content in tqdm(measured, total=len(workloads), unit="workload", disable=None):
+        files.append(content)
+        for row in benchmark.summary(content):
+            table.add_row(*map(escape, row))
+    if place.type == "cpu" and not ops:
+        benchmark_records.write_json(folder / benchmark_records.COST_FILE, chapter_costs(root, here))
+    console.print(table, f"{len(files)} files in {folder}")
+    for note in sorted({f"{name} is missing: {why}" for file in files for name, why in file["absent"].items()}):
+        console.print(escape(note))
+    found = [line for file in files for line in benchmark.problems(file)]
+    found += benchmark_records.regressions(before, [record for file in files for record in file["records"]])
+    for line in found:
+        errors.print(f"[red]{escape(line)}[/red]")
+    raise typer.Exit(1 if found else 0)
 
 
 @app.command()

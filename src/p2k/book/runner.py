@@ -22,7 +22,8 @@ from p2k.core.device import choose_device, device_name, versions
 from p2k.core.errors import P2KError
 from p2k.core.files import write_atomic
 
-PROFILES = {"smoke": 120, "cpu": 300, "gpu": 900}  # seconds that one cell may take
+# Seconds that one cell may take. A paper's full protocol may take hours; it works in a folder that stays and resumes.
+PROFILES = {"smoke": 120, "cpu": 300, "gpu": None}
 # The runner sets these where a notebook's `parameters` cell declares them; their stored values are these.
 RUN_PARAMETERS = {"profile": "cpu", "device": "cpu", "output_dir": "."}
 
@@ -42,9 +43,10 @@ def run_chapter(root: Path, slug: str, profile: str = "cpu", *, device: str = "a
         P2KError: unknown slug, profile or device, a parameter that the notebook does not declare, no GPU for gpu.
     """
     parameters, chosen = _parameters(root, slug, profile, device)
+    out = out or (root / "runs" / slug / profile if profile != "cpu" else None)
     with tempfile.TemporaryDirectory(prefix="p2k-") as folder:
-        work = Path(folder, "work")
-        work.mkdir()
+        work = out.resolve() if out and profile == "gpu" else Path(folder, "work")
+        work.mkdir(parents=True, exist_ok=True)
         given = {"profile": profile, "device": chosen, "output_dir": str(work)}
         names = declared(read_notebook(root, slug))
         if unknown := parameters.keys() - names.keys():
@@ -53,13 +55,13 @@ def run_chapter(root: Path, slug: str, profile: str = "cpu", *, device: str = "a
         started = time.perf_counter()
         environment = kernel_environment(root, Path(folder), device=chosen, network=profile == "gpu")
         with mock.patch.dict(os.environ, environment):
-            result = _execute(root, slug, parameters, work, limit=PROFILES[profile])
+            result = _execute(root, slug, parameters, work, Path(folder, "out.ipynb"), limit=PROFILES[profile])
         seconds = round(time.perf_counter() - started, 1)
         _record(result := clean(result), root, slug, profile=profile, device=chosen, seconds=seconds)
-        if out := out or (root / "runs" / slug / profile if profile != "cpu" else None):
+        if out and profile != "gpu":
             shutil.copytree(work, out, dirs_exist_ok=True)
         target = out / f"{slug}.ipynb" if out else notebook_path(root, slug)
-        for path in sorted(work.rglob("*.json")) if profile == "gpu" else []:
+        for path in sorted(work.glob("*.json")) if profile == "gpu" else []:
             write_atomic(root / "book" / "results" / slug / path.name, path.read_text(encoding="utf-8"))
         write_atomic(target, writes(result).rstrip("\n") + "\n")
     return target
@@ -111,15 +113,15 @@ def kernel_environment(root: Path, folder: Path, *, device: str = "cpu", network
     return {**fixed, **interpret, "PYTHONPATH": path, "IPYTHONDIR": str(folder / "ipython")}
 
 
-def _execute(root: Path, slug: str, parameters: dict, work: Path, *, limit: int) -> NotebookNode:
-    """The executed notebook; ChapterFailed where a cell did not succeed."""
+def _execute(root: Path, slug: str, parameters: dict, work: Path, target: Path, *, limit: int | None) -> NotebookNode:
+    """The executed notebook, through the scratch file `target`; ChapterFailed where a cell did not succeed."""
     papermill = require("papermill", extra="book", purpose="running a chapter")
     from nbclient.exceptions import DeadKernelError
 
-    source, target = str(notebook_path(root, slug)), str(work.with_name("out.ipynb"))
+    source = str(notebook_path(root, slug))
     options = {"kernel_name": "python3", "cwd": str(work), "execution_timeout": limit}
     try:
-        papermill.execute_notebook(source, target, parameters, progress_bar=sys.stderr.isatty(), **options)
+        papermill.execute_notebook(source, str(target), parameters, progress_bar=sys.stderr.isatty(), **options)
     except papermill.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         raise ChapterFailed(f"{slug}: cell {error.cell_index} ({first!r}): {error.ename}: {error.evalue}") from error

@@ -1,7 +1,9 @@
 """Benchmark one workload: times by pass and implementation, against the device's own measured ceilings."""
 
+import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,10 @@ from p2k.core.seeding import generator
 from p2k.core.tolerance import relative_errors
 
 PASSES = ("forward", "backward", "both")
+# Enough for inputs of one MiB against three times the largest cache of today's GPUs; smaller ones are launch-bound.
+MOST_SETS = 400
+# Parameters of mallopt, from malloc.h of glibc.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Workload:
         backward: cost of the backward pass.
         peers: further implementations by name.
         passes: which of `PASSES` are measured.
+        cached: the inputs are to be found in the cache: one input set is used again and again. Otherwise sets are
+            rotated, so that every call reads its inputs from memory.
     """
 
     op: str
@@ -50,6 +58,7 @@ class Workload:
     backward: Cost
     peers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     passes: tuple[str, ...] = PASSES
+    cached: bool = False
 
     def cost(self, pass_name: str) -> Cost:
         """Cost of `forward`, `backward` or `both`."""
@@ -100,6 +109,18 @@ def cache_bytes(device: torch.device) -> int:
     return 64 * 2**20
 
 
+def keep_freed_memory() -> None:
+    """Let the C library reuse what torch frees on a CPU, as torch's own allocator does on a GPU.
+
+    Otherwise every large result comes in fresh pages, which cost the system about as much as a pass over them. It
+    settles after some calls, which the warm-up makes.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Time a copy that exceeds every cache and a large matrix product, the best of several runs each."""
     clock, cuda = Clock(device), device.type == "cuda"
@@ -113,15 +134,25 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 
 
 def interleaved_seconds(
-    calls: Mapping[str, Sequence[Callable[[], object]]], clock: Clock, *, budget: float, rounds: int = 100
+    calls: Mapping[str, Sequence[Callable[[], object]]],
+    clock: Clock,
+    *,
+    budget: float,
+    warm_up: float = 0.2,
+    rounds: int = 100,
 ) -> dict[str, list[float]]:
     """Time several implementations in turn, so that drift of the machine hits all of them alike.
 
-    Each entry of `calls` holds one call per rotated input set. Stops after `rounds`, or when `budget` seconds per
-    implementation are spent (at least five rounds), or when the medians are known to one per cent.
+    Each entry of `calls` holds one call per rotated input set. For `warm_up` seconds nothing is recorded. Stops after
+    `rounds`, or when `budget` seconds per implementation are spent (at least five rounds), or when the medians are
+    known to one per cent.
     """
-    for implementation in calls.values():
-        clock.seconds(implementation)
+    start = time.perf_counter()
+    while True:
+        for implementation in calls.values():
+            clock.seconds(implementation)
+        if time.perf_counter() - start >= warm_up:
+            break
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(1, rounds + 1):
@@ -168,10 +199,10 @@ def closures(
 def rotated_inputs(
     workload: Workload, device: torch.device, *, seed: int
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Input sets and upstream gradients that together exceed three times the cache (at most 32 sets)."""
+    """Input sets and upstream gradients that together exceed three times the cache; one set for a cached workload."""
     source = generator(seed, device)
     produced = 0
-    for _ in range(32):
+    for _ in range(1 if workload.cached else MOST_SETS):
         inputs = workload.make_inputs(source, device, workload.dtype)
         output = workload.reference(*inputs)
         yield inputs, torch.randn(output.shape, generator=source, device=device, dtype=output.dtype)

@@ -1,8 +1,8 @@
 """Compile Triton kernels for GPUs that are not there, and read what they would use.
 
 No driver is touched: Triton's wheel brings ptxas and cuobjdump. It proves that a kernel compiles, and with how many
-registers, spilled bytes and 128-bit loads; it says nothing about its numbers or its speed. Triton must not be in
-interpreter mode, so `measure` asks a fresh process:
+registers, spilled bytes, 128-bit loads and tensor-core instructions; it says nothing about its numbers or its speed.
+Triton must not be in interpreter mode, so `measure` asks a fresh process:
 
     python -m p2k.core.compile_check p2k.ops.oqc.budget
 """
@@ -26,12 +26,9 @@ from p2k.core.device import version_of
 from p2k.core.errors import P2KError
 
 POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float64: "*fp64",
-    torch.bool: "*i1",
-}
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +39,11 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     wide_loads: int
+    tensor_core: int
+
+
+# More of these is better, more of the others is worse.
+GAINS = ("wide_loads", "tensor_core")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 
 def _inspect(ptx: str, shared: int, arch: int) -> Resources:
-    """Assemble PTX verbosely and count the wide loads of the machine code."""
+    """Assemble PTX verbosely and count the wide loads and matrix products of the machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -128,7 +130,9 @@ def _inspect(ptx: str, shared: int, arch: int) -> Resources:
     registers = re.search(r"Used (\d+) registers", report).group(1)
     # A load of 128 bits or, from Blackwell on, 256.
     wide = re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", machine_code)
-    return Resources(int(registers), sum(map(int, spills)), shared, len(wide))
+    # Matrix products per generation: HMMA and IMMA, HGMMA from Hopper, UTCHMMA and its kin from Blackwell.
+    matrix = re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", machine_code)
+    return Resources(int(registers), sum(map(int, spills)), shared, len(wide), len(matrix))
 
 
 def _output(*command) -> str:
@@ -181,21 +185,25 @@ def _ptxas_version() -> str:
 def over_budget(measured: dict, budget: dict) -> list[str]:
     """Sentences on every kernel that exceeds its budget, has none, or is budgeted and gone.
 
-    More registers, spilled or shared bytes than budgeted are too many, fewer wide loads too few. Hardware hands out
-    registers in eights, so a budget reaches to the next multiple.
+    More registers, spilled or shared bytes than budgeted are too many, fewer wide loads or tensor-core instructions
+    too few. Hardware hands out registers in eights, so a budget reaches to the next multiple.
     """
     problems = [f"{key}: budgeted but not measured" for key in budget if key not in measured]
     for key, found in measured.items():
         if key not in budget:
             problems.append(f"{key}: measured but not budgeted")
             continue
-        for field, value in found.items():
-            bound = budget[key][field]
-            if field == "registers":
-                bound = -(-bound // 8) * 8
-            if value < bound if field == "wide_loads" else value > bound:
-                problems.append(f"{key}: {field} {value}, budget {bound}")
+        bounds = budget[key] | {"registers": -(-budget[key]["registers"] // 8) * 8}
+        worse = [name for name, value in found.items() if _exceeds(name, value, bounds.get(name))]
+        if worse:
+            numbers = (f"{name} {value} (budget {bounds.get(name)})" for name, value in found.items())
+            problems.append(f"{key}: {', '.join(worse)} beyond the budget: {', '.join(numbers)}")
     return problems
+
+
+def _exceeds(name: str, value: int, bound: int | None) -> bool:
+    """Whether a figure is worse than its bound, or has none."""
+    return bound is None or (value < bound if name in GAINS else value > bound)
 
 
 if __name__ == "__main__":

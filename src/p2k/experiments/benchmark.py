@@ -1,8 +1,10 @@
 """Run the benchmarks that the ops declare and write one JSON file per workload, one record per point."""
 
 import datetime
+import hashlib
 import importlib
-import json
+import importlib.util
+import math
 import pkgutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +18,26 @@ from torch import Tensor
 import p2k.ops
 from p2k.core import benchmark
 from p2k.core.benchmark import Ceilings, Clock, Workload
-from p2k.core.device import device_name, version_of, versions
+from p2k.core.device import device_name, versions
 from p2k.core.errors import P2KError
-from p2k.core.files import write_atomic
+from p2k.core.peers import peer_versions
+from p2k.core.syntax import canonical
+from p2k.core.tolerance import tolerance
+from p2k.experiments.benchmark_records import SCHEMA, comparable, read_file, write_json
 
-SCHEMA = 1
-RECORD_KEYS = {
-    "op", "shape", "dtype", "pass", "implementation", "milliseconds", "bytes", "flops", "roofline", "speedup",
-    "memory_bytes", "error", "first_call_seconds", "problem",
-}  # fmt: skip
 # A fused row kernel cannot beat a compiled one by more than the bytes allow; beyond this the measurement is suspect.
 SUSPICIOUS_SPEEDUP = 10.0
+# Seconds per implementation and pass: of timing, and of running before it.
+BUDGET = {"quick": 0.05, "full": 1.0}
+WARM_UP = {"quick": 0.02, "full": 0.2}
+# Measured against each other; anything else may be missing on a machine without spoiling the rest.
+ESSENTIAL = ("kernel", "eager")
 
 
 def op_names() -> list[str]:
-    """Every op folder, alphabetically."""
-    return sorted(module.name for module in pkgutil.iter_modules(p2k.ops.__path__) if module.ispkg)
+    """Every op that declares workloads, alphabetically."""
+    names = sorted(module.name for module in pkgutil.iter_modules(p2k.ops.__path__) if module.ispkg)
+    return [name for name in names if importlib.util.find_spec(f"p2k.ops.{name}.bench")]
 
 
 def declared_workloads(ops: list[str], device: torch.device, *, quick: bool) -> list[Workload]:
@@ -56,31 +62,44 @@ def implementations(workload: Workload) -> dict[str, Callable[..., Tensor]]:
     return found if workload.kernel is None else {"kernel": workload.kernel, **found}
 
 
-def measure(workload: Workload, device: torch.device, ceilings: Ceilings | None, *, quick: bool) -> list[dict]:
-    """All records of one workload. After timing, every implementation is checked on a new seed."""
-    clock, candidates = Clock(device), implementations(workload)
+def measure(workload: Workload, device: torch.device, ceilings: Ceilings | None, *, effort: str) -> tuple[list, dict]:
+    """All records of one workload, and why an implementation is absent. After timing, a new seed checks each again."""
+    clock, candidates, absent = Clock(device), implementations(workload), {}
     sets = list(benchmark.rotated_inputs(workload, device, seed=0))
     first_call, closures = {}, {}
-    for name, function in candidates.items():
+    for name, function in list(candidates.items()):
         start = time.perf_counter()
-        for call in benchmark.closures(workload, function, *sets[0]).values():
-            call()
+        try:
+            for call in benchmark.closures(workload, function, *sets[0]).values():
+                call()
+        except Exception as error:
+            if name in ESSENTIAL:
+                raise
+            absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+            del candidates[name]
+            continue
         first_call[name] = time.perf_counter() - start
         closures[name] = [benchmark.closures(workload, function, *given) for given in sets]
+    timed = {pass_name: _time(pass_name, closures, clock, effort) for pass_name in workload.passes}
     errors = {
         name: benchmark.errors_against_float64(workload, function, device, seed=1)
         for name, function in candidates.items()
     }
     records = []
-    for pass_name in workload.passes:
-        calls = {name: [closure[pass_name] for closure in found] for name, found in closures.items()}
-        samples = benchmark.interleaved_seconds(calls, clock, budget=0.05 if quick else 0.4)
+    for pass_name, samples in timed.items():
         for name in candidates:
-            memory = benchmark.memory_above_inputs(calls[name][0], device)
-            point = _record(workload, pass_name, name, samples, ceilings)
-            point |= {"memory_bytes": memory, "error": errors[name], "first_call_seconds": first_call[name]}
-            records.append(point | {"problem": find_problem(point, errors["eager"])})
-    return records
+            memory = benchmark.memory_above_inputs(closures[name][0][pass_name], device)
+            point = _record(workload, pass_name, name, samples, ceilings) | {"error": errors[name]}
+            problem = find_problem(point, errors["eager"])
+            point["error"] = {part: value if math.isfinite(value) else None for part, value in errors[name].items()}
+            records.append(point | {"memory_bytes": memory, "first_call_seconds": first_call[name], "problem": problem})
+    return records, absent
+
+
+def _time(pass_name: str, closures: dict[str, list[dict]], clock: Clock, effort: str) -> dict[str, list[float]]:
+    """Samples of one pass by implementation."""
+    calls = {name: [closure[pass_name] for closure in found] for name, found in closures.items()}
+    return benchmark.interleaved_seconds(calls, clock, budget=BUDGET[effort], warm_up=WARM_UP[effort])
 
 
 def _record(
@@ -101,6 +120,7 @@ def _record(
         "op": workload.op,
         "shape": dict(workload.shape),
         "dtype": str(workload.dtype).removeprefix("torch."),
+        "cached": workload.cached,
         "pass": pass_name,
         "implementation": name,
         "milliseconds": {"p20": low, "p50": middle, "p80": high, "n": len(own)},
@@ -120,7 +140,9 @@ def find_problem(record: dict, eager_error: dict[str, float]) -> str | None:
     if record["implementation"] == "kernel" and compiled and compiled["p50"] > SUSPICIOUS_SPEEDUP:
         return f"{compiled['p50']:.1f} times torch.compile: check that both do the same work"
     for pass_name, error in record["error"].items():
-        bound = 3 * eager_error[pass_name] + 1e-6
+        # The table's entry covers another order of summation, over the longest axis at most.
+        rounding = tolerance(getattr(torch, record["dtype"]), max(record["shape"].values()))
+        bound = 3 * eager_error[pass_name] + rounding
         if not error <= bound:
             return f"{pass_name} error {error:.1e} on a new seed exceeds {bound:.1e}"
     return None
@@ -134,70 +156,84 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "threads": str(torch.get_num_threads()),
         "cuda": torch.version.cuda,
         **versions(),
-        **{name: version_of(name) for name in ("liger-kernel", "cut-cross-entropy", "flash-linear-attention")},
+        **peer_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def run(
-    workloads: list[Workload], device: torch.device, folder: Path, *, quick: bool, resume: bool = True
-) -> Iterator[tuple[Path, list[dict]]]:
-    """Measure the workloads one by one; each file is complete when it appears. Finished ones are read back.
+def code_digest(op: str) -> str:
+    """Hash of the op's own sources and of the method: a record of other code is no record of this one.
 
-    On a GPU the device's own ceilings are measured first. A CPU gets ratios only: what fits its caches beats any
-    copy, so a fraction of the roofline would mean nothing there.
+    Comments and docstrings of Python do not count.
     """
-    ceilings = None
+    folder = Path(p2k.ops.__path__[0]) / op.partition(".")[0]
+    sources = [path for path in sorted(folder.glob("*")) if path.suffix in (".py", ".cpp")]
+    digest = hashlib.sha256()
+    for path in [*sources, Path(benchmark.__file__), Path(__file__)]:
+        text = path.read_text(encoding="utf-8")
+        digest.update((canonical(text) if path.suffix == ".py" else text).encode())
+    return digest.hexdigest()[:16]
+
+
+def run(
+    workloads: list[Workload], device: torch.device, folder: Path, *, quick: bool = False, resume: bool = True
+) -> Iterator[tuple[Path, dict]]:
+    """Measure the workloads one by one, yielding path and content; each file is complete when it appears.
+
+    A file that the same code wrote with the same effort, versions and device is read back instead. On a GPU the
+    device's own ceilings are measured first. A CPU gets ratios only: what fits its caches beats any copy, so a
+    fraction of the roofline would mean nothing there.
+    """
+    if device.type == "cpu":
+        benchmark.keep_freed_memory()
+    ceilings, effort, here = None, "quick" if quick else "full", environment(device)
     for workload in workloads:
         shape = "-".join(f"{axis}{size}" for axis, size in workload.shape.items())
         path = folder / f"{workload.op}-{shape}-{str(workload.dtype).removeprefix('torch.')}.json"
-        if not (resume and path.exists()):
+        same = {"effort": effort, "code": code_digest(workload.op)}
+        if not (resume and _is_reusable(path, same, here)):
             if device.type == "cuda" and ceilings is None:
                 ceilings = benchmark.measure_ceilings(device)
-            records = measure(workload, device, ceilings, quick=quick)
-            write_json(path, {"schema": SCHEMA, "environment": environment(device), "records": records})
-        yield path, read_file(path)["records"]
+            records, absent = measure(workload, device, ceilings, effort=effort)
+            now = environment(device)
+            write_json(path, {"schema": SCHEMA, "environment": now, "absent": absent, "records": records, **same})
+        yield path, read_file(path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a benchmark file whole."""
-    write_atomic(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def read_file(path: Path) -> dict:
-    """Read one benchmark file and check its schema.
-
-    Raises:
-        P2KError: not JSON, another schema version, or a record with missing or unknown keys.
-    """
+def _is_reusable(path: Path, same: dict, here: dict) -> bool:
+    """Whether a finished file answers for a run in this environment; one that cannot be read is measured again."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise P2KError(f"{path}: not valid JSON ({error}); delete it and run the benchmark again") from error
-    if content.get("schema") != SCHEMA:
-        raise P2KError(f"{path}: schema {SCHEMA} expected, got {content.get('schema')}; run the benchmark again")
-    for record in content["records"]:
-        if set(record) != RECORD_KEYS:
-            raise P2KError(f"{path}: record keys differ from the schema: {sorted(set(record) ^ RECORD_KEYS)}")
-    return content
+        found = read_file(path)
+    except P2KError:
+        return False
+    return comparable(found["environment"]) == comparable(here) and all(found[key] == same[key] for key in same)
 
 
-def regressions(before: list[dict], after: list[dict], *, tolerance: float = 0.15) -> list[str]:
-    """Points whose speed relative to eager torch fell by more than `tolerance`, one line each with both numbers.
+def problems(content: dict) -> list[str]:
+    """One line per unbelievable record of a benchmark file."""
+    return [
+        f"{record['op']} {_words(record['shape'])} {record['dtype']} {record['pass']} {record['implementation']}: "
+        f"{record['problem']}"
+        for record in content["records"]
+        if record["problem"]
+    ]
 
-    Ratios within one run are compared, not milliseconds: they survive a change of machine load, and a slow-down of
-    eager torch itself does not count as ours. Points that only one side has are passed over.
-    """
 
-    def key(record: dict) -> tuple:
-        names = ("op", "dtype", "pass", "implementation")
-        return tuple(record[name] for name in names) + tuple(sorted(record["shape"].items()))
+def summary(content: dict) -> list[tuple[str, ...]]:
+    """Rows for a terminal: op, sizes, pass, implementation, milliseconds, speed-up over eager, roofline."""
+    return [
+        (
+            record["op"],
+            f"{_words(record['shape'])} {record['dtype']}",
+            record["pass"],
+            record["implementation"],
+            f"{record['milliseconds']['p50']:.3g}",
+            f"{record['speedup']['eager']['p50']:.2f}" if "eager" in record["speedup"] else "",
+            f"{record['roofline']['percent']:.0f} %" if record["roofline"] else "",
+        )
+        for record in content["records"]
+    ]
 
-    old = {key(record): record["speedup"] for record in before}
-    found = []
-    for record in after:
-        then, now = old.get(key(record), {}).get("eager"), record["speedup"].get("eager")
-        if then and now and now["p80"] < (1 - tolerance) * then["p50"]:
-            where = " ".join(str(part) for part in key(record)[:4]) + f" {record['shape']}"
-            found.append(f"{where}: {now['p50']:.2f} x eager, was {then['p50']:.2f} x")
-    return found
+
+def _words(shape: dict[str, int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in shape.items())

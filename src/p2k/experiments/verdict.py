@@ -54,7 +54,7 @@ def results_table(rows: Sequence[ResultRow], *, digits: int = 2) -> Table:
     lines = ["| quantity | paper | here: mean [95 % interval], n | gap | verdict |", "|---|---|---|---|---|"]
     for row in rows:
         here = f"{row.here.mean:.{digits}f} [{row.here.low:.{digits}f}, {row.here.high:.{digits}f}], n = {row.here.n}"
-        paper = "none" if row.paper is None else f"{row.paper:.{digits}f}"
-        gap = "none" if row.paper is None else f"{row.here.mean - row.paper:+.{digits}f}"
+        paper = "–" if row.paper is None else f"{row.paper:.{digits}f}"
+        gap = "–" if row.paper is None else f"{row.here.mean - row.paper:+.{digits}f}"
         lines.append(f"| {row.quantity} | {paper} | {here} | {gap} | {row.verdict} |")
     return Table("\n".join(lines))

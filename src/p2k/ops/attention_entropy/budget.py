@@ -26,7 +26,8 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
             archs = (80, 90, 100) if (name, width) == ("bf16", 64) else (80, 90)
             yield f"{name} {width}", archs, _call(width, dtype)
     yield "bf16 64 causal", (80, 90), _call(64, torch.bfloat16, is_causal=True)
-    yield "bf16 64 masked", (80, 90), _call(64, torch.bfloat16, masked=True)
+    yield "bf16 64 additive mask", (80, 90), _call(64, torch.bfloat16, mask_type=torch.bfloat16)
+    yield "bf16 64 bool mask", (80, 90), _call(64, torch.bfloat16, mask_type=torch.bool)
     yield "bf16 64 plain backward", (80, 90), _call(64, torch.bfloat16, entropy_gradient=False)
 
 
@@ -35,14 +36,14 @@ def _call(
     dtype: torch.dtype,
     *,
     is_causal: bool = False,
-    masked: bool = False,
+    mask_type: torch.dtype | None = None,
     entropy_gradient: bool = True,
 ) -> Callable:
     def call():
         from p2k.ops.attention_entropy import kernel
 
         q, k, v, grad = (torch.empty(8, 12, 512, width, dtype=dtype, device="meta") for _ in range(4))
-        mask = torch.empty(8, 1, 512, 512, dtype=dtype, device="meta") if masked else None
+        mask = None if mask_type is None else torch.empty(8, 1, 512, 512, dtype=mask_type, device="meta")
         out, entropy, *rest = kernel.forward(q, k, v, mask, is_causal, 0.125)
         grad_entropy = torch.empty_like(entropy) if entropy_gradient else None
         needs = [True] * 3

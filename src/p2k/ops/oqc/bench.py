@@ -13,19 +13,23 @@ from p2k.ops.oqc import project_and_inject, rank_project
 # (tokens, hidden width): launch-bound to bandwidth-bound; ViT-Tiny to ViT-L hidden widths and one wide row.
 INJECT_SIZES = [(1024, 512), (8192, 512), (65536, 768), (50432, 3072), (16384, 8192), (8192, 16384)]
 RANK_SIZES = [(8192, 56), (65536, 56), (65536, 256)]
-INJECT_SIZES_CPU = [(1024, 512), (4096, 1024)]
-RANK_SIZES_CPU = [(4096, 56)]
+# Of these a GPU also runs float32.
+WIDE_SIZES = [(65536, 768), (50432, 3072), (65536, 56)]
+INJECT_SIZES_CPU = [(256, 512), (1024, 512), (4096, 1024), (8192, 2048)]
+RANK_SIZES_CPU = [(4096, 56), (32768, 56), (32768, 256)]
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
     """Workloads for a device, small ones first; `quick` keeps one size per stage."""
     cuda = device.type == "cuda"
-    dtypes = [torch.bfloat16, torch.float32] if cuda and not quick else [torch.bfloat16 if cuda else torch.float32]
     inject, rank = (INJECT_SIZES, RANK_SIZES) if cuda else (INJECT_SIZES_CPU, RANK_SIZES_CPU)
     if quick:
-        inject, rank = inject[-3:-2] if cuda else inject[:1], rank[:1]
-    found = [_inject(tokens, width, dtype, cuda) for dtype in dtypes for tokens, width in inject]
-    return found + [_rank(tokens, width, dtype, cuda) for dtype in dtypes for tokens, width in rank]
+        inject, rank = inject[2:3] if cuda else inject[:1], rank[:1]
+    found = []
+    for build, sizes in ((_inject, inject), (_rank, rank)):
+        found += [build(*size, torch.bfloat16 if cuda else torch.float32, cuda) for size in sizes]
+        found += [build(*size, torch.float32, cuda) for size in sizes if cuda and not quick and size in WIDE_SIZES]
+    return found
 
 
 def _inject(tokens: int, width: int, dtype: torch.dtype, fused: bool) -> Workload:

@@ -68,11 +68,13 @@ class NativeSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        """Run the two-pass program."""
         y = program("two_pass")(x.contiguous())
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        """Gradient of softmax from its value."""
         (y,) = ctx.saved_tensors
         return y * (grad - (grad * y).sum(-1, keepdim=True))
