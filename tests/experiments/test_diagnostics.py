@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from p2k.core.errors import P2KError
@@ -161,7 +162,6 @@ def test_gradients_scale_with_the_loss():
 
 
 def test_bert_of_transformers_with_padding():
-    transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=24, num_labels=2
     )
