@@ -27,7 +27,7 @@ from p2k.core.errors import P2KError
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int64: "*i64",
+    torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 
 
