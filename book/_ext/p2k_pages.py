@@ -38,8 +38,8 @@ class LiveDirective(SphinxDirective):
         return f"notebooks/{slug}" in self.env.found_docs
 
     def built(self) -> list[Paper]:
-        """Return the papers that have a page, in the catalogue's order."""
-        return [paper for paper in load_catalogue(self.root).papers.values() if self.is_built(paper.slug)]
+        """Return the papers and maps that have a page, in the catalogue's order."""
+        return [entry for entry in load_catalogue(self.root).entries if self.is_built(entry.slug)]
 
     def title(self, paper: Paper) -> nodes.Node:
         """Return the paper's title, linked to its chapter where there is one."""
@@ -99,7 +99,7 @@ class Cards(LiveDirective):
         parts = load_catalogue(self.root).parts
         cards = []
         for paper in self.built():
-            about = f"{parts[paper.part]} · {paper.kind} · {str(paper.date)[:4]} "
+            about = " · ".join(filter(None, [parts[paper.part], paper.kind, (paper.date or "")[:4]])) + " "
             head = nodes.paragraph("", "", self.title(paper), classes=["p2k-card-title"])
             foot = nodes.paragraph("", about, self.status(paper.slug))
             cards.append(nodes.container("", head, foot, classes=["p2k-card"]))
@@ -159,10 +159,11 @@ class ChapterCard(LiveDirective):
         slug = self.arguments[0]
         paper, record = load_catalogue(self.root)[slug], read_provenance(self.root, slug)
         fields = nodes.field_list()
-        self.add(fields, "Paper", [nodes.emphasis(paper.title, paper.title)])
+        about_papers = paper.kind == "map"
+        self.add(fields, "Map" if about_papers else "Paper", [nodes.emphasis(paper.title, paper.title)])
         if paper.authors:
             self.add(fields, "Authors", [nodes.Text(", ".join(paper.authors))])
-        self.add(fields, "Date", [nodes.Text(str(paper.date))])
+        self.add(fields, "Date", [] if about_papers else [nodes.Text(str(paper.date))])
         self.add(fields, "Links", join(links(paper)))
         if self.content:
             self.add(fields, "You need", self.parse_inline(" ".join(self.content))[0])
@@ -170,7 +171,7 @@ class ChapterCard(LiveDirective):
             about = f"{record.seconds:.0f} s in the {record.profile} profile on {record.device_name}, {record.date}"
             self.add(fields, "Runtime", [nodes.Text(about)])
         names = chapter_objects(self.root, slug)
-        own = [name for name in names if paper.stem in name.split(".")]
+        own = [name for name in names if about_papers or paper.stem in name.split(".")]
         floors = dict.fromkeys(name.split(".")[1] for name in names if name not in own)
         self.add(fields, "In the package", join([self.reference(name) for name in own]))
         self.add(fields, "It also uses", join([self.page(f"p2k.{floor}", f"book/api/{floor}") for floor in floors]))

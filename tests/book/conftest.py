@@ -11,7 +11,10 @@ from p2k.book.provenance import Provenance, chapter_parts, digest_of
 CATALOGUE = """parts:
   A: "First part"
   B: "Second part"
-maps: {}
+maps:
+  chart:
+    title: "Several papers on one page"
+    part: B
 shared:
   nn: {helper: "used by two chapters"}
 papers:

@@ -12,7 +12,7 @@ from p2k.core.errors import P2KError
 def replace(path, old, new):
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new))
+    path.write_text(text.replace(old, new, 1))
 
 
 def test_papers_are_read_in_book_order(root):
@@ -23,11 +23,40 @@ def test_papers_are_read_in_book_order(root):
     assert catalogue["later-one"].floors == ()
 
 
+def begin_the_map(root, bib="[author2026tiny]"):
+    replace(root / "book" / "catalogue.yml", "    part: B\n", f"    part: B\n    bib: {bib}\n    floors: [notebook]\n")
+
+
+def test_a_map_is_a_chapter_without_floors_behind_the_papers_of_its_part(root):
+    catalogue = load_catalogue(root)
+    assert [entry.slug for entry in catalogue.entries] == ["tiny", "later-one", "chart"]
+    assert catalogue["chart"].kind == "map"
+    begin_the_map(root)
+    assert [entry.slug for entry in load_catalogue(root).chapters] == ["tiny", "chart"]
+    assert list(load_catalogue(root)["chart"].bib) == ["author2026tiny"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  chart:", "  tiny:", "tiny: a paper and a map have this name"),
+        ("    part: B\n", "    part: Z\n", r"maps\.chart\.part: 'Z' is no part"),
+        ("    part: B\n", "    part: B\n    floors: [nn, notebook]\n", r"maps\.chart\.floors"),
+        ("    part: B\n", "    part: B\n    bib: author2026tiny\n", r"maps\.chart\.bib"),
+        ("    part: B\n", '    part: B\n    arxiv: "2601.00003"\n', r"maps\.chart"),
+    ],
+)
+def test_a_bad_map_is_named(root, old, new, message):
+    replace(root / "book" / "catalogue.yml", old, new)
+    with pytest.raises(P2KError, match=message):
+        load_catalogue(root)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("kind: theory", "kind: theroy", r"papers\.later-one\.kind: 'theroy' is not one of"),
-        ("part: B", "part: Z", r"papers\.later-one\.part: 'Z' is no part"),
+        ("part: B\n    kind: theory", "part: Z\n    kind: theory", r"papers\.later-one\.part: 'Z' is no part"),
         ("    kind: theory\n", "", r"papers\.later-one: 'kind' is a required property"),
         ("kind: theory", "kinds: theory", "kinds"),
         ("2601.00002", "arXiv", r"papers\.later-one\.arxiv"),

@@ -132,3 +132,20 @@ def test_the_book_names_orphans_and_absent_modules(root):
         "src/p2k/nn/stray: in no paper's floors and not shared",
         "_toc.yml has the chapters [], the catalogue [('First part', 'tiny')]",
     ]
+
+
+def test_a_map_needs_sources_and_a_notebook_but_no_arxiv_id(root, stamped):
+    catalogue = root / "book" / "catalogue.yml"
+    assert "book/catalogue.yml: chart: floors is missing" in check_chapter(root, "chart")
+    catalogue.write_text(catalogue.read_text().replace("    part: B\n", "    part: B\n    floors: [notebook]\n", 1))
+    notebook = read_notebook(root, "tiny")
+    notebook.cells[0].source = "# Chart"
+    nbformat.write(notebook, root / "notebooks" / "chart.ipynb")
+    gaps = check_chapter(root, "chart")
+    assert "book/catalogue.yml: chart: bib is missing" in gaps
+    assert "_toc.yml: notebooks/chart is missing" in gaps
+    assert not any(word in gap for gap in gaps for word in ("arXiv", "arxiv", "authors", "date"))
+    catalogue.write_text(
+        catalogue.read_text().replace("    floors: [notebook]\n", "    bib: [nobody2026]\n    floors: [notebook]\n", 1)
+    )
+    assert "book/references.bib: nobody2026 is missing" in check_chapter(root, "chart")

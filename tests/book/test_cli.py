@@ -38,6 +38,7 @@ def test_list_shows_begun_chapters_and_on_request_all(call):
     assert "tiny" in short.output
     assert "later-one" not in short.output
     assert "later-one" in full.output
+    assert "chart" in full.output
 
 
 @pytest.mark.parametrize(

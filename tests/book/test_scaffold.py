@@ -68,6 +68,13 @@ def test_a_known_paper_keeps_its_entry_and_the_files_their_comments(root):
     assert "## The kernel" not in notebook
 
 
+def test_a_map_is_a_notebook_and_its_entries(root):
+    written = scaffold.new_chapter(root, "chart")
+    assert [path.name for path in written] == ["chart.ipynb", "catalogue.yml", "profiles.yml", "_toc.yml"]
+    assert check_book(root) == []
+    assert load_catalogue(root)["chart"].floors == ["notebook"]
+
+
 def test_the_toc_keeps_the_order_of_the_parts(root):
     with (root / "_toc.yml").open("a") as toc:
         toc.write("  - caption: Reference\n    chapters:\n      - file: book/glossary\n")

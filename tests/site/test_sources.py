@@ -73,8 +73,9 @@ def test_parts_of_the_table_of_contents_are_those_of_the_catalogue() -> None:
     for part in toc["parts"]:
         for file in (chapter["file"] for chapter in part["chapters"]):
             slug = file.removeprefix("notebooks/")
-            if file != slug and slug in catalogue["papers"]:
-                assert part["caption"] == catalogue["parts"][catalogue["papers"][slug]["part"]]
+            if file != slug:
+                entry = (catalogue["papers"] | catalogue["maps"])[slug]
+                assert part["caption"] == catalogue["parts"][entry["part"]]
 
 
 def test_every_floor_with_code_has_a_page_of_the_reference() -> None:

@@ -22,7 +22,10 @@ FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experimen
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper. `floors` is empty until its chapter is begun; `stem` is the slug as a module name."""
+    """One paper, or a map: a chapter about several papers, of kind `map`, with their keys as `bib` and no floor.
+
+    `floors` is empty until the chapter is begun; `stem` is the slug as a module name.
+    """
 
     slug: str
     title: str
@@ -33,30 +36,35 @@ class Paper:
     code: str | None = None
     arxiv: str | None = None
     authors: Sequence[str] = ()
-    bib: str | None = None
+    bib: str | Sequence[str] | None = None
     floors: Sequence[str] = ()
     stem = property(lambda self: self.slug.replace("-", "_"))
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Parts and maps by key, papers by slug in book order, shared modules as floor -> stem -> reason."""
+    """Parts by key, papers and maps by slug in book order, shared modules as floor -> stem -> reason."""
 
     parts: dict[str, str]
-    maps: dict[str, str]
+    maps: dict[str, Paper]
     papers: dict[str, Paper]
     shared: dict[str, dict[str, str]]
 
     def __getitem__(self, slug: str) -> Paper:
-        if slug not in self.papers:
+        if slug not in (entries := self.papers | self.maps):
             raise P2KError(f"unknown chapter {slug!r}: `p2k list --all` shows the slugs of book/catalogue.yml")
-        return self.papers[slug]
+        return entries[slug]
+
+    @property
+    def entries(self) -> list[Paper]:
+        """All papers, part by part, and behind them the maps of the part."""
+        order = list(self.parts)
+        return sorted([*self.papers.values(), *self.maps.values()], key=lambda entry: order.index(entry.part))
 
     @property
     def chapters(self) -> list[Paper]:
-        """Papers whose chapter is begun, in book order."""
-        order = list(self.parts)
-        return sorted((p for p in self.papers.values() if "notebook" in p.floors), key=lambda p: order.index(p.part))
+        """Papers and maps whose chapter is begun, in book order."""
+        return [entry for entry in self.entries if "notebook" in entry.floors]
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -77,10 +85,14 @@ def load_catalogue(root: Path) -> Catalogue:
         f"{'.'.join(map(str, e.path))}: {e.message}" for e in jsonschema.Draft202012Validator(schema).iter_errors(raw)
     ]
     papers = {slug: Paper(slug, **entry) for slug, entry in raw["papers"].items()} if not wrong else {}
-    wrong += [f"papers.{p.slug}.part: {p.part!r} is no part" for p in papers.values() if p.part not in raw["parts"]]
+    maps = {slug: Paper(slug, kind="map", **entry) for slug, entry in raw["maps"].items()} if not wrong else {}
+    wrong += [f"{slug}: a paper and a map have this name" for slug in papers.keys() & maps.keys()]
+    for group, entries in {"papers": papers, "maps": maps}.items():
+        unknown = [entry for entry in entries.values() if entry.part not in raw["parts"]]
+        wrong += [f"{group}.{entry.slug}.part: {entry.part!r} is no part" for entry in unknown]
     if wrong:
         raise P2KError(f"book/catalogue.yml: {'; '.join(wrong)}")
-    return Catalogue(raw["parts"], raw["maps"], papers, raw["shared"])
+    return Catalogue(raw["parts"], maps, papers, raw["shared"])
 
 
 def read_yaml(path: Path) -> dict:

@@ -28,7 +28,8 @@ def check_chapter(root: Path, slug: str) -> list[str]:
         return [*gaps, f"notebooks/{slug}.ipynb is missing"]
     notebook = read_notebook(root, slug)
     cited = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", prose(notebook))
-    keys = {key.strip() for group in cited for key in group.split(",")} | ({paper.bib} - {None})
+    keys = {key.strip() for group in cited for key in group.split(",")}
+    keys |= {paper.bib} - {None} if not isinstance(paper.bib, list) else {*paper.bib}
     found = [gap for rule in (_prose_gaps, _claim_gaps, _parameter_gaps) for gap in rule(root, paper, notebook)]
     for number, cell in enumerate(code_cells(notebook), start=1):
         found += [f"code cell {number} {gap}" for gap in (*_code_gaps(cell.source), *_output_gaps(root, cell))]
@@ -52,12 +53,12 @@ def check_book(root: Path) -> list[str]:
         gaps += [f"src/p2k/{floor}/{stem}: in no paper's floors and not shared" for stem in found - owned - shared]
         gaps += [f"src/p2k/{floor}/{stem}: shared in book/catalogue.yml but missing" for stem in shared - found]
     chapters = [paper.slug for paper in catalogue.chapters]
-    stored = {path.stem for path in (root / "notebooks").glob("*.ipynb")} - {*catalogue.maps}
+    stored = {path.stem for path in (root / "notebooks").glob("*.ipynb")}
     gaps += [f"notebooks/{slug}.ipynb: no chapter or map of this name" for slug in stored - {*chapters}]
     unknown = read_yaml(root / "book/profiles.yml").keys() - {*chapters}
     gaps += [f"book/profiles.yml: {slug}: no chapter" for slug in unknown]
     wanted = [(catalogue.parts[paper.part], paper.slug) for paper in catalogue.chapters]
-    listed = [entry for entry in toc_chapters(root) if entry[1] not in catalogue.maps]
+    listed = toc_chapters(root)
     return sorted(gaps) + ([] if listed == wanted else [f"_toc.yml has the chapters {listed}, the catalogue {wanted}"])
 
 
@@ -76,7 +77,10 @@ def floor_files(root: Path, stem: str, floor: str) -> tuple[list[Path], Path]:
 
 
 def _entry_gaps(root: Path, paper: Paper) -> Iterator[str]:
-    for field in ("title", "authors", "date", "arxiv", "bib", "floors"):
+    wanted = (
+        ("title", "bib", "floors") if paper.kind == "map" else ("title", "authors", "date", "arxiv", "bib", "floors")
+    )
+    for field in wanted:
         if not getattr(paper, field) or "FILL" in str(getattr(paper, field)):
             yield f"book/catalogue.yml: {paper.slug}: {field} is missing"
     profiles = read_yaml(root / "book" / "profiles.yml").get(paper.slug) or {}
@@ -112,7 +116,7 @@ def _prose_gaps(root: Path, paper: Paper, notebook: NotebookNode) -> Iterator[st
     text = prose(notebook)
     card, *sections = re.split(r"^## +", text, flags=re.M)
     bodies = {section.partition("\n")[0].strip(): section for section in sections}
-    if not card.startswith("# ") or not paper.arxiv or paper.arxiv not in card:
+    if not card.startswith("# ") or (paper.kind != "map" and (not paper.arxiv or paper.arxiv not in card)):
         yield "no title, or no card with the paper's arXiv id below it"
     wanted = [name for name in SECTIONS if name != "The kernel" or "ops" in paper.floors]
     yield from (f"section '## {name}' is missing" for name in wanted if name not in bodies)

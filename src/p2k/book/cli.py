@@ -41,10 +41,10 @@ console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
 
 
 @app.command("list")
-def list_(every: Annotated[bool, typer.Option("--all", help="also papers without a chapter")] = False) -> None:
+def list_(every: Annotated[bool, typer.Option("--all", help="also papers and maps without a chapter")] = False) -> None:
     """List the chapters with their status."""
     catalogue, table = load_catalogue(root := find_root()), Table("slug", "part", "status", "title")
-    for paper in catalogue.papers.values() if every else catalogue.chapters:
+    for paper in catalogue.entries if every else catalogue.chapters:
         status = chapter_status(root, paper.slug) if paper.floors else "planned"
         table.add_row(paper.slug, catalogue.parts[paper.part], status, escape(paper.title))
     console.print(table)

@@ -15,13 +15,15 @@ _UNKNOWN = "FILL: the paper's title"
 
 
 def new_chapter(root: Path, slug: str, *, floors: tuple[str, ...] = ("ops", "nn"), part: str = "A") -> list[Path]:
-    """Write the skeleton of a chapter and return the files that were written or extended.
+    """Write the skeleton of a chapter and return the files that were written or extended. A map gets no floor.
 
     Raises:
         P2KError: the slug or a floor is malformed, the chapter is begun, or a file exists; nothing is written then.
     """
     catalogue = load_catalogue(root)
-    known = catalogue.papers.get(slug)
+    known = (catalogue.papers | catalogue.maps).get(slug)
+    about_papers = known is not None and known.kind == "map"
+    floors = () if about_papers else floors
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", slug):
         raise P2KError(f"slug must be lower-case words joined by hyphens and start with a letter, got {slug!r}")
     if not {*floors} <= {*FLOORS[:-1]} or part not in catalogue.parts:
@@ -29,7 +31,8 @@ def new_chapter(root: Path, slug: str, *, floors: tuple[str, ...] = ("ops", "nn"
     if known and known.floors:
         raise P2KError(f"chapter {slug!r} is begun already: p2k check {slug}")
     title, part, arxiv = (known.title, known.part, known.arxiv) if known else (_UNKNOWN, part, None)
-    words = {"slug": slug, "stem": slug.replace("-", "_"), "title": title, "arxiv": arxiv or "FILL: arXiv id"}
+    arxiv = arxiv or ("those of its papers" if about_papers else "FILL: arXiv id")
+    words = {"slug": slug, "stem": slug.replace("-", "_"), "title": title, "arxiv": arxiv}
     texts = _new_files(root, floors, words)
     if existing := [path.relative_to(root).as_posix() for path in texts if path.exists()]:
         raise P2KError(f"these files exist and are not overwritten: {', '.join(existing)}")

@@ -67,7 +67,7 @@ def group_advantages(
         ValueError: an unknown scale (True and False are refused: they do not say which), or shapes disagree.
         TypeError: the rewards are not floating point.
 
-    Source: shao2024grpo, eq:grpo-advantage; liu2025drgrpo, eq:dr-grpo-advantage.
+    Source: shao2024grpo, eq:policy-map-grpo-advantage; liu2025drgrpo, eq:policy-map-dr-grpo-advantage.
     Chapter: policy-map
     """
     check_choice("group_advantages", "scale_rewards", scale_rewards, SCALES)
@@ -90,7 +90,7 @@ def rloo_advantages(rewards: Float[Tensor, " rows"], groups: Int[Tensor, " rows"
 
     Arguments and errors as in `group_advantages`.
 
-    Source: ahmadian2024rloo, eq:rloo.
+    Source: ahmadian2024rloo, eq:policy-map-rloo.
     Chapter: policy-map
     """
     values = wide(rewards.detach())
@@ -102,7 +102,7 @@ def rloo_advantages(rewards: Float[Tensor, " rows"], groups: Int[Tensor, " rows"
 def informative_rows(rewards: Float[Tensor, " rows"], groups: Int[Tensor, " rows"]) -> Bool[Tensor, " rows"]:
     """True for rows of groups whose rewards differ: DAPO resamples the others, because they teach nothing.
 
-    Source: yu2025dapo, eq:dapo-dynamic-sampling.
+    Source: yu2025dapo, eq:policy-map-dapo-dynamic-sampling.
     Chapter: policy-map
     """
     deviations, _ = _centre(wide(rewards.detach()), groups)
@@ -117,7 +117,7 @@ def overlong_penalty(lengths: Num[Tensor, " rows"], *, max_length: int, cache: i
         max_length: longest response that earns more than -1.
         cache: width of the ramp in tokens, in ``[1, max_length]``.
 
-    Source: yu2025dapo, eq:dapo-overlong.
+    Source: yu2025dapo, eq:policy-map-dapo-overlong.
     Chapter: policy-map
     """
     if not 1 <= cache <= max_length:
@@ -142,7 +142,7 @@ def generalised_advantages(
         gamma: discount in [0, 1].
         lam: trace decay in [0, 1].
 
-    Source: schulman2016gae, eq:gae.
+    Source: schulman2016gae, eq:policy-map-gae.
     Chapter: policy-map
     """
     keep = as_mask(response_mask, values)

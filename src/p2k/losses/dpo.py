@@ -35,7 +35,7 @@ def register_pair_loss(name: str) -> Callable[[PairLoss], PairLoss]:
 def sigmoid_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Bradley-Terry likelihood; with smoothing, conservative DPO, whose optimum is finite.
 
-    Source: rafailov2023dpo, eq:dpo.
+    Source: rafailov2023dpo, eq:policy-map-dpo.
     Chapter: policy-map
     """
     logit = beta * (chosen - rejected)
@@ -49,7 +49,7 @@ def sigmoid_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing:
 def robust_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Unbiased for the clean loss when labels flip with probability `label_smoothing`; unbounded below.
 
-    Source: chowdhury2024rdpo, eq:robust-dpo.
+    Source: chowdhury2024rdpo, eq:policy-map-robust-dpo.
     Chapter: policy-map
     """
     logit = beta * (chosen - rejected)
@@ -63,7 +63,7 @@ def robust_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: 
 def ipo_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Squared distance of the margin to ``1 / (2 beta)``; pass length-averaged log-probabilities, as TRL does.
 
-    Source: azar2024ipo, eq:ipo.
+    Source: azar2024ipo, eq:policy-map-ipo.
     Chapter: policy-map
     """
     return (chosen - rejected - 1 / (2 * beta)).square()
@@ -73,7 +73,7 @@ def ipo_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
 def hinge_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Hinge on the scaled margin.
 
-    Source: zhao2023slic, eq:slic.
+    Source: zhao2023slic, eq:policy-map-slic.
     Chapter: policy-map
     """
     return (1 - beta * (chosen - rejected)).relu()
@@ -83,7 +83,7 @@ def hinge_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: f
 def exo_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Reverse KL from the pair policy to the label ``(1 - label_smoothing, label_smoothing)``, which must be soft.
 
-    Source: ji2024exo, eq:exo-pair.
+    Source: ji2024exo, eq:policy-map-exo-pair.
     Chapter: policy-map
     """
     if label_smoothing == 0:
@@ -98,7 +98,7 @@ def exo_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
 def apo_zero_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Anchored Preference Optimization, chosen up and rejected down; not this book's alpha-divergence APO.
 
-    Source: doosterlinck2024apo, eq:apo-zero.
+    Source: doosterlinck2024apo, eq:policy-map-apo-zero.
     Chapter: policy-map
     """
     return 1 - (beta * chosen).sigmoid() + (beta * rejected).sigmoid()
@@ -108,7 +108,7 @@ def apo_zero_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing
 def apo_down_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Anchored Preference Optimization, both down and rejected more; not this book's alpha-divergence APO.
 
-    Source: doosterlinck2024apo, eq:apo-down.
+    Source: doosterlinck2024apo, eq:policy-map-apo-down.
     Chapter: policy-map
     """
     return (beta * chosen).sigmoid() + 1 - (beta * (chosen - rejected)).sigmoid()
@@ -160,7 +160,7 @@ def dpo_loss(  # noqa: PLR0913  The four log-probabilities and the option names 
         ValueError: shapes or devices disagree, an option is unknown or out of range, or a loss would ignore it.
         TypeError: a tensor is not floating point.
 
-    Source: rafailov2023dpo, eq:dpo.
+    Source: rafailov2023dpo, eq:policy-map-dpo.
     Chapter: policy-map
     """
     op = "dpo_loss"
@@ -193,7 +193,7 @@ def dpo_loss(  # noqa: PLR0913  The four log-probabilities and the option names 
 class DPOLoss(nn.Module):
     """Module twin of `dpo_loss`, with a reference.
 
-    Source: rafailov2023dpo, eq:dpo.
+    Source: rafailov2023dpo, eq:policy-map-dpo.
     Chapter: policy-map
     """
 

@@ -35,7 +35,7 @@ def plackett_luce_loss(
         ValueError: shapes or devices disagree, or an option is out of range.
         TypeError: a tensor is not floating point.
 
-    Source: xia2008listmle, eq:plackett-luce.
+    Source: xia2008listmle, eq:policy-map-plackett-luce.
     Chapter: policy-map
     """
     op = "plackett_luce_loss"
@@ -74,7 +74,7 @@ def all_pairs_loss(
         ValueError: shapes or devices disagree, or an option is out of range.
         TypeError: a tensor is not floating point.
 
-    Source: rafailov2023dpo, eq:dpo-all-pairs.
+    Source: rafailov2023dpo, eq:policy-map-dpo-all-pairs.
     Chapter: policy-map
     """
     op = "all_pairs_loss"

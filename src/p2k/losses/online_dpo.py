@@ -33,7 +33,7 @@ def online_dpo_policy_loss(
             loss per group, averaged over groups, is asked for.
         TypeError: a tensor is not floating point.
 
-    Source: rafailov2023dpo, eq:dpo-all-pairs.
+    Source: rafailov2023dpo, eq:policy-map-dpo-all-pairs.
     Chapter: policy-map
     """
     op = "online_dpo_policy_loss"

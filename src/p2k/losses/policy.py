@@ -68,7 +68,7 @@ def ppo_clip_loss(
         ValueError: shapes disagree or an option is unknown or out of range.
         TypeError: a tensor is not floating point.
 
-    Source: schulman2017ppo, eq:ppo-clip.
+    Source: schulman2017ppo, eq:policy-map-ppo-clip.
     Chapter: policy-map
     """
     op = "ppo_clip_loss"
@@ -108,7 +108,7 @@ def reinforce_loss(
 
     Options: those of `aggregate`. Raises as `ppo_clip_loss`.
 
-    Source: williams1992reinforce, eq:reinforce.
+    Source: williams1992reinforce, eq:policy-map-reinforce.
     Chapter: policy-map
     """
     op = "reinforce_loss"
@@ -137,7 +137,7 @@ def gspo_loss(
     0.2), `num_items_in_batch` in sequences. Only `seq-mean-token-mean` is defined: all tokens of a sequence share its
     ratio. Raises as `ppo_clip_loss`, and for any other aggregation.
 
-    Source: zheng2025gspo, eq:gspo.
+    Source: zheng2025gspo, eq:policy-map-gspo.
     Chapter: policy-map
     """
     op = "gspo_loss"
