@@ -99,7 +99,7 @@ def apo_zero_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing
     """Anchored Preference Optimization, chosen up and rejected down; not this book's alpha-divergence APO.
 
     Source: doosterlinck2024apo, eq:apo-zero.
-    Chapter: policy-map
+    Chapter: apo
     """
     return 1 - (beta * chosen).sigmoid() + (beta * rejected).sigmoid()
 
@@ -109,7 +109,7 @@ def apo_down_pair(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing
     """Anchored Preference Optimization, both down and rejected more; not this book's alpha-divergence APO.
 
     Source: doosterlinck2024apo, eq:apo-down.
-    Chapter: policy-map
+    Chapter: apo
     """
     return (beta * chosen).sigmoid() + 1 - (beta * (chosen - rejected)).sigmoid()
 
