@@ -11,12 +11,13 @@ from p2k.data.arithmetic import make_arithmetic
 from p2k.experiments import rlvr
 from p2k.experiments.records import read_records, write_record
 from p2k.experiments.rlvr import RLVRConfig, guard, train_policy, warm_start
-from p2k.experiments.rlvr_arms import ARMS, MAP_ARMS
+from p2k.experiments.rlvr_arms import ARMS, MAP_ARMS, guarded, guarded_by_group
 from p2k.experiments.rlvr_sweep import compare_arms, to_records, tune
 from p2k.experiments.rollout import accuracy, sample_rollout
 from p2k.losses.registry import POLICY_LOSSES
 from p2k.models.generation import completion_logps
 
+TIGHT = tolerance(torch.float64)
 CONFIG = RLVRConfig(warm_steps=60, rollouts=4, prompts=8, num_generations=4)
 
 
@@ -139,7 +140,20 @@ def test_equal_runs_are_equal_and_seeds_matter(data, start):
     assert runs[0].history != runs[2].history
 
 
-@pytest.mark.parametrize("name", ["apo-guarded", "dapo"])
+def test_a_guard_per_group_is_the_guard_of_each_group_alone():
+    counts = torch.tensor([1, 4, 6, 7, 8])
+    rewards = (torch.arange(8) < counts[:, None]).double()
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    logps = -torch.rand(5, 8, generator=generator(3), dtype=torch.float64)
+    alone = [guarded(logps[row], advantages[row])["alpha"] for row in range(5)]
+    together = guarded_by_group(logps, advantages)["alpha"]
+    torch.testing.assert_close(together, torch.stack(alone)[:, None], rtol=TIGHT, atol=TIGHT)
+    assert (together.flatten() < 0.9).tolist() == [False, False, True, True, False]
+    # The hardest prompt of a batch holds the common guard at its start.
+    assert guarded(logps, advantages)["alpha"].item() == pytest.approx(0.9, abs=TIGHT)
+
+
+@pytest.mark.parametrize("name", ["apo-guarded", "apo-guarded-group", "dapo"])
 def test_a_resumed_run_ends_in_the_same_bits(name, data, start, tmp_path, monkeypatch):
     whole = train_policy(deepcopy(start), data, ARMS[name], CONFIG)
     path, improve, calls = tmp_path / "run.pt", rlvr._improve, []

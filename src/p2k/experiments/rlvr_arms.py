@@ -14,7 +14,7 @@ from p2k.experiments.rollout import Rollout
 from p2k.losses.recipes import RECIPES, Recipe
 from p2k.losses.schedules import confidence, guarded_alpha, improvement
 
-# (mean log-probability per token of each row, advantage of each row) -> options for this minibatch
+# (mean log-probability per token, advantage), both [groups, samples] -> options for this minibatch
 Schedule = Callable[[Tensor, Tensor], Mapping[str, Any]]
 
 
@@ -56,8 +56,8 @@ class Arm:
         task = {"num_generations": num_generations, "loss_scale_factor": float(part.tokens.numel())}
         options = {**self.recipe.loss_options, **{name: task[name] for name in self.needs}}
         if self.schedule is not None:
-            mean = logps.detach().sum(1) / part.mask.sum(1)
-            options.update(self.schedule(mean, advantages[:, 0]))
+            mean, shape = logps.detach().sum(1) / part.mask.sum(1), (-1, num_generations)
+            options.update(self.schedule(mean.view(shape), advantages[:, 0].view(shape)))
         loss = self.recipe.policy_loss
         return loss(part.old_logps, logps, advantages, part.mask, self.recipe.loss_agg_mode, config=options or None)
 
@@ -66,6 +66,15 @@ def guarded(mean_logps: Tensor, advantages: Tensor) -> dict[str, Tensor]:
     """Alpha of APO lowered while the policy is sure and the rewards are good."""
     certainty = confidence(mean_logps, math.log(VOCAB_SIZE))
     return {"alpha": guarded_alpha(certainty, improvement(advantages))}
+
+
+def guarded_by_group(mean_logps: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """One alpha per group: what `guarded` gives where a micro-batch holds a single prompt.
+
+    Over several groups the mean of centred advantages is 0, and `guarded` reads nothing but their two extremes.
+    """
+    certainty = torch.vmap(lambda group: confidence(group, math.log(VOCAB_SIZE)))(mean_logps)
+    return {"alpha": guarded_alpha(certainty, torch.vmap(improvement)(advantages)).unsqueeze(-1)}
 
 
 def _arms() -> dict[str, Arm]:
@@ -81,6 +90,7 @@ def _arms() -> dict[str, Arm]:
     apo = Arm("apo", RECIPES["apo"], group)
     arms += [apo.but("apo", alpha=0.9), apo.but("apo-0.35", alpha=0.35), apo.but("apo-0.6", alpha=0.6)]
     arms.append(replace(apo, name="apo-guarded", schedule=guarded))
+    arms.append(replace(apo, name="apo-guarded-group", schedule=guarded_by_group))
     gopo = Arm("gopo", RECIPES["gopo"], group)
     arms += [gopo, gopo.but("gopo-1", mu=1.0), gopo.but("gopo-2", mu=2.0)]
     return {arm.name: arm for arm in arms}
