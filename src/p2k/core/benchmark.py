@@ -199,14 +199,18 @@ def closures(
 def rotated_inputs(
     workload: Workload, device: torch.device, *, seed: int
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """Input sets and upstream gradients that together exceed three times the cache; one set for a cached workload."""
+    """Input sets and upstream gradients; one set for a cached workload.
+
+    Between two uses of a set the others move more than three times the cache, results included: an op with large
+    results needs few sets.
+    """
     source = generator(seed, device)
     produced = 0
     for _ in range(1 if workload.cached else MOST_SETS):
         inputs = workload.make_inputs(source, device, workload.dtype)
         output = workload.reference(*inputs)
         yield inputs, torch.randn(output.shape, generator=source, device=device, dtype=output.dtype)
-        produced += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+        produced += workload.forward.bytes
         if produced > 3 * cache_bytes(device):
             return
 
