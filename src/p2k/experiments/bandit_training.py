@@ -131,7 +131,7 @@ def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: flo
     """The policies that all methods start from: cross-entropy to the best item on clean data."""
     initial = initial_parameters(data.seeds, width)
     parameters = _trainable({name: tensor.to(data.contexts) for name, tensor in initial.items()})
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, fused=True)
     for contexts, best in zip(data.warm_contexts, data.warm_best, strict=True):
         chosen = item_log_probs(parameters, contexts).gather(-1, best[..., None])
         # Sums over environments keep their gradients apart.
@@ -148,7 +148,7 @@ def train(
     parameters = _trainable(start)
     kept = method.anchor not in ("uniform", "on_policy")
     anchor = build_anchor(method.anchor, start if kept else None, **method.anchor_options)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, fused=True)
     for contexts, items, rewards in zip(data.contexts, data.items, data.rewards, strict=True):
         logps = item_log_probs(parameters, contexts).gather(-1, items)
         reference = anchor.reference(logps, lambda other, x=contexts, i=items: item_log_probs(other, x).gather(-1, i))
