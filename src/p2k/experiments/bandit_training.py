@@ -127,7 +127,9 @@ METHODS = (
 )
 
 
-def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: float = LEARNING_RATE) -> dict[str, Tensor]:
+def train_reference(
+    data: PreferenceData, *, width: int = 32, learning_rate: float = LEARNING_RATE
+) -> dict[str, Tensor]:
     """The policies that all methods start from: cross-entropy to the best item on clean data."""
     initial = initial_parameters(data.seeds, width)
     parameters = _trainable({name: tensor.to(data.contexts) for name, tensor in initial.items()})
@@ -139,9 +141,7 @@ def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: flo
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
-def train(
-    data: PreferenceData, start: Parameters, method: Method, setting: Mapping[str, float]
-) -> dict[str, Tensor]:
+def train(data: PreferenceData, start: Parameters, method: Method, setting: Mapping[str, float]) -> dict[str, Tensor]:
     """Train copies of the policies `start` by one method with one setting, on all environments at once."""
     options = dict(setting)
     learning_rate = options.pop("learning_rate", LEARNING_RATE)
