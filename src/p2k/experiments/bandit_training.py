@@ -21,6 +21,7 @@ from p2k.losses.listwise import all_pairs_loss
 from p2k.losses.targets import kde_target, softmax_target
 
 Parameters = Mapping[str, Tensor]
+LEARNING_RATE = 5e-3
 
 
 def initial_parameters(seeds: Sequence[int], width: int) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ class Method:
     Args:
         name: for tables.
         feedback: the loss of each list.
-        settings: keyword arguments of `feedback` to choose from.
+        settings: keyword arguments of `feedback` to choose from; `learning_rate`, if there, is AdamW's instead.
         anchor: name and options of `p2k.losses.anchors.build_anchor`; the anchored kinds start at the reference.
     """
 
@@ -126,11 +127,13 @@ METHODS = (
 )
 
 
-def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: float = 5e-3) -> dict[str, Tensor]:
+def train_reference(
+    data: PreferenceData, *, width: int = 32, learning_rate: float = LEARNING_RATE
+) -> dict[str, Tensor]:
     """The policies that all methods start from: cross-entropy to the best item on clean data."""
     initial = initial_parameters(data.seeds, width)
     parameters = _trainable({name: tensor.to(data.contexts) for name, tensor in initial.items()})
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, fused=True)
     for contexts, best in zip(data.warm_contexts, data.warm_best, strict=True):
         chosen = item_log_probs(parameters, contexts).gather(-1, best[..., None])
         # Sums over environments keep their gradients apart.
@@ -138,23 +141,18 @@ def train_reference(data: PreferenceData, *, width: int = 32, learning_rate: flo
     return {name: tensor.detach() for name, tensor in parameters.items()}
 
 
-def train(
-    data: PreferenceData,
-    start: Parameters,
-    method: Method,
-    setting: Mapping[str, float],
-    *,
-    learning_rate: float = 5e-3,
-) -> dict[str, Tensor]:
+def train(data: PreferenceData, start: Parameters, method: Method, setting: Mapping[str, float]) -> dict[str, Tensor]:
     """Train copies of the policies `start` by one method with one setting, on all environments at once."""
+    options = dict(setting)
+    learning_rate = options.pop("learning_rate", LEARNING_RATE)
     parameters = _trainable(start)
     kept = method.anchor not in ("uniform", "on_policy")
     anchor = build_anchor(method.anchor, start if kept else None, **method.anchor_options)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, fused=True)
     for contexts, items, rewards in zip(data.contexts, data.items, data.rewards, strict=True):
         logps = item_log_probs(parameters, contexts).gather(-1, items)
         reference = anchor.reference(logps, lambda other, x=contexts, i=items: item_log_probs(other, x).gather(-1, i))
-        _step(optimizer, method.feedback(logps, reference, rewards, **setting).mean(-1).sum())
+        _step(optimizer, method.feedback(logps, reference, rewards, **options).mean(-1).sum())
         anchor.step(parameters)
     return {name: tensor.detach() for name, tensor in parameters.items()}
 

@@ -3,8 +3,8 @@
 Both functions own the logits they are given and overwrite them. Numbers per token, in this order: log-probability of
 the target, largest logit, log of the sum of exp(logit - largest), entropy. The largest logit and the log stay apart:
 their sum would round away what tells the logits of a far-off row from each other.
-With s = log p, g and l and e the gradients of log-probability, log-sum-exp and entropy:
-    d logit = g (onehot - p) + l p - e p (s + entropy).
+With s = log p, and g, l, e the gradients of log-probability, log-sum-exp and entropy, the gradient of a logit is
+g (onehot - p) + l p - e p (s + entropy).
 
 Source: wijmans2025cut.
 """
