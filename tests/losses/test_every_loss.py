@@ -19,6 +19,7 @@ from p2k.losses import (
 )
 from p2k.losses.dpo import PAIR_LOSSES, SMOOTHED
 from p2k.losses.group_policy import gopo_policy_loss
+from p2k.losses.lists import anchored_logits
 from p2k.losses.registry import POLICY_LOSSES, get_policy_loss
 from p2k.losses.targets import softmax_target
 
@@ -457,3 +458,14 @@ def test_a_pair_with_an_impossible_loser_has_no_loss():
     loss, _ = dpo_loss(chosen, torch.full((1,), -torch.inf), zero, zero)
     assert loss == 0
     assert gradient(loss, chosen) == 0
+
+
+def test_the_default_dtype_does_not_leak_into_float32():
+    logps, scores = torch.randn(3, 4, dtype=torch.float32), torch.rand(3, 4, dtype=torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert anchored_logits(logps, 0 * logps).dtype == torch.float32
+        assert softmax_target(scores).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

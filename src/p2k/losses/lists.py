@@ -61,7 +61,7 @@ def anchored_logits(
     logits = (wide(logps) - wide(ref_logps).detach()) / tau
     keep = as_mask(mask, logits)
     empty = ~keep.any(-1, keepdim=True)
-    return torch.where(keep, logits, torch.where(empty, 0.0, -torch.inf))
+    return torch.where(keep, logits, torch.where(empty, 0.0, -torch.inf).to(logits.dtype))
 
 
 def informative(

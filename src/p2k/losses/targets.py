@@ -41,7 +41,7 @@ def softmax_target(
     scores = wide(rewards.detach()) / beta_reward
     keep = as_mask(mask, scores)
     empty = ~keep.any(-1, keepdim=True)
-    filled = torch.where(keep, scores, torch.where(empty, 0.0, -torch.inf))
+    filled = torch.where(keep, scores, torch.where(empty, 0.0, -torch.inf).to(scores.dtype))
     return torch.where(keep, filled.softmax(-1), 0.0)
 
 
