@@ -40,7 +40,7 @@ def linear_logp(
     half types accumulate in float32, across chunks too. Two runs agree bit for bit.
 
     Args:
-        hidden: hidden state of each token, of a floating dtype; autocast treats it as `torch.nn.functional.linear` does.
+        hidden: hidden state of each token, floating; autocast treats it as `torch.nn.functional.linear` does.
         weight: weight of the head, dtype of `hidden`.
         target: token whose log-probability is wanted, ``[*tokens]``. On a CPU every target is checked; elsewhere, and
             in compiled code, one outside the vocabulary makes that token's `logp` and gradients NaN.
