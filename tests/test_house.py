@@ -89,11 +89,11 @@ def test_conda_pip_and_the_lock_agree():
     pins = dict(re.match(r"([\w.-]+)==([\w.+]+)", line).groups() for line in lock)
     wanted = [
         *project["dependencies"],
-        # Peers of a benchmark and downloads of the gpu profiles are installed by whoever wants them.
+        # Peers of a benchmark, downloads of the gpu profiles and other trainers are installed by whoever wants them.
         *(
             i
             for name, extra in project["optional-dependencies"].items()
-            if name not in ("peers", "text")
+            if name not in ("peers", "text", "trainers")
             for i in extra
         ),
     ]
