@@ -1,5 +1,6 @@
 """Our losses in TRL's trainer, made offline on a tiny random model, against the trainer's own losses."""
 
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
@@ -29,6 +30,9 @@ def make(cls, folder, **settings):
     shape = {"vocab_size": len(WORDS), "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
     silent = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**shape, **silent, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+    # A trainer with a KL term reads its reference model from where the model says it came from.
+    model.save_pretrained(folder)
+    model.config._name_or_path = str(folder)
     batch = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": TOKENS}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
     args = GRPOConfig(str(folder), **{**batch, **quiet, "logging_steps": 1, "temperature": 1.0, **settings})
@@ -36,7 +40,8 @@ def make(cls, folder, **settings):
         model=model,
         reward_funcs=lambda completions, **_: [float(text.count("a") + text.count("b")) for text in completions],
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["a b c", "d e f", "g h i", "j k l"]}),
+        # Named, because the hash that would name it does not pickle with every pair of pyarrow and dill.
+        train_dataset=Dataset(pyarrow.table({"prompt": ["a b c", "d e f", "g h i", "j k l"]}), fingerprint="prompts"),
         processing_class=tokenizer,
     )
 
@@ -98,8 +103,11 @@ def test_a_loss_per_group_trains_and_does_not_see_the_shuffle(name, tmp_path):
     torch.testing.assert_close(*losses, **CLOSE)
     del shuffled["sample_order"]
     assert (trainer._compute_loss(trainer.model, shuffled) - losses[0]).abs() > 1e-3
+    names = set(trainer._metrics["train"])
     before = [part.clone() for part in trainer.model.parameters()]
     trainer.train()
+    assert names
+    assert names <= set().union(*trainer.state.log_history)
     assert any((old != new).any() for old, new in zip(before, trainer.model.parameters(), strict=True))
 
 
@@ -107,9 +115,11 @@ def test_a_loss_per_group_trains_and_does_not_see_the_shuffle(name, tmp_path):
     ("name", "settings", "named"),
     [
         ("vanilla", {"beta": 0.1}, "beta"),
+        ("vanilla", {"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        ("vanilla", {"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold"),
         ("vanilla", {"loss_type": "sapo"}, "loss_type"),
         ("vanilla", {"importance_sampling_level": "sequence", "loss_type": "grpo"}, "importance_sampling_level"),
-        ("vanilla", {"entropy_coef": 0.01}, "entropy bonus"),
+        ("vanilla", {"entropy_coef": 0.01}, "entropy_bonus"),
         ("gopo", {}, "loss_type"),
         ("gopo", {"loss_type": "grpo", "gradient_accumulation_steps": 2}, "steps_per_generation"),
         ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "delta": 1.5}, "delta"),
