@@ -53,7 +53,9 @@ def test_all_run_while_they_fit_and_a_moving_slice_beyond():
 
 @pytest.mark.parametrize("slug", stored_chapters())
 def test_stored_outputs_come_out_again(slug, tmp_path):
-    environment = {**os.environ, **kernel_environment(ROOT, tmp_path)}
+    # The runner stores nothing of stderr, and nbval takes a bar or a warning there for a new output.
+    quiet = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **kernel_environment(ROOT, tmp_path), **quiet}
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *options, str(ROOT / "notebooks" / f"{slug}.ipynb")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
