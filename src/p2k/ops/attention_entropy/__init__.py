@@ -3,10 +3,9 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from p2k.core.attention import check_sdpa
 from p2k.core.backend import Backend, choose_backend
-from p2k.core.checks import check_floating
 from p2k.ops.attention_entropy import reference, registration
-from p2k.ops.attention_entropy.checks import check_attention, check_mask
 from p2k.ops.attention_entropy.second_call import entropy_by_second_call
 
 __all__ = ["attention_entropy", "entropy_by_second_call"]
@@ -56,17 +55,9 @@ def attention_entropy(  # noqa: PLR0913
     Chapter: inflection
     """
     op = "attention_entropy"
-    check_floating(op, q=q, k=k, v=v)
-    scale = check_attention(op, q, k, v, scale=scale)
-    if dropout_p != 0:
-        raise ValueError(f"{op}: dropout_p must be 0, because a dropped row has no entropy, got {dropout_p}")
-    if q.shape[1] != k.shape[1] and not (enable_gqa and k.shape[1] and q.shape[1] % k.shape[1] == 0):
-        hint = "a divisor of its heads" if enable_gqa else "as many heads, or pass enable_gqa=True"
-        raise ValueError(f"{op}: for q with {q.shape[1]} heads k must have {hint}, got {k.shape[1]}")
-    if attn_mask is not None:
-        if is_causal:
-            raise ValueError(f"{op}: give attn_mask or is_causal, not both")
-        attn_mask = check_mask(op, attn_mask, q, k)
+    scale, attn_mask = check_sdpa(
+        op, q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     wide = max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD
     if wide and backend == "triton":
         raise ValueError(f"{op}: the kernel takes heads up to {WIDEST_HEAD} wide, got {max(q.shape[-1], v.shape[-1])}")

@@ -11,6 +11,8 @@ Source: wang2025inflection, eq:inflection-entropy.  Chapter: inflection
 import torch
 from torch import Tensor
 
+from p2k.core.attention import visible_pairs
+
 
 def scores(
     q_BHTD: Tensor, k_BGSD: Tensor, mask: Tensor | None, is_causal: bool, scale: float
@@ -19,14 +21,10 @@ def scores(
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
     k = k_BGSD.repeat_interleave(q_BHTD.shape[1] // k_BGSD.shape[1], dim=1)
     s = scale * (q_BHTD.to(wide) @ k.to(wide).mT)
-    if is_causal:
-        visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-    elif mask is None:
+    visible = visible_pairs(mask, is_causal, s.shape, s.device)
+    if visible is None:
         return s, None
-    elif mask.dtype == torch.bool:
-        visible = mask
-    else:
-        visible = mask != -torch.inf
+    if mask is not None and mask.dtype != torch.bool:
         s = s + torch.where(visible, mask, 0).to(wide)
     return s.masked_fill(~visible, -torch.inf), visible
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from p2k.core.attention import check_attention
 from p2k.core.checks import check_floating
-from p2k.ops.attention_entropy.checks import check_attention
 
 
 def entropy_by_second_call(
