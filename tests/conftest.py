@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["SOURCE_DATE_EPOCH"] = "0"
 
+import pytest
 import torch
 
 # Triton fixes interpreter mode at its first import in a process. Compile-only checks run in processes without it.
@@ -43,3 +44,10 @@ def pytest_configure(config) -> None:
     whole = config.args_source.name == "TESTPATHS" and not any(config.getoption(name) for name in ("-k", "-m", "lf"))
     if whole and not hasattr(config, "workerinput") and not config.getoption("collectonly"):
         config.pluginmanager.register(Seconds())
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Keep a file on one process, for what its tests share; notebooks share nothing and are the longest tests."""
+    for item in items:
+        alone = item.path.parent.name == "notebooks" and hasattr(item, "callspec")
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.location[0]))
