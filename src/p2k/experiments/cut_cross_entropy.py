@@ -100,8 +100,8 @@ def memory_of_losses(tokens: int, vocab: int, *, dim: int = 16, seed: int = 0, d
     """Bytes beyond the inputs that loss and gradients hold at most, per way to compute them, by torch operations.
 
     Returns:
-        `stored` (torch, all logits), `exact` (this package's default), `filtered` (tiles in torch), and `gradients`, the bytes
-        of the results themselves, below which nothing can go.
+        `stored` (torch, all logits), `exact` (this package's default), `filtered` (tiles in torch), and `gradients`,
+        the bytes of the results themselves, below which nothing can go.
     """
     head = random_head(tokens, vocab, dim=dim, seed=seed, device=device)
     leaves = head.hidden.requires_grad_(), head.weight.requires_grad_()
@@ -219,4 +219,4 @@ def tuned_rate(language: Language, arm: Arm, rates: Sequence[float], *, seeds: S
 
 
 def _relative(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
+    return ((found - exact).norm() / exact.norm().clamp_min(1e-30)).item()

@@ -29,24 +29,21 @@ def linear_cross_entropy(  # noqa: PLR0913 - torch's arguments, then the head's,
 ) -> Tensor:
     """``cross_entropy(linear(hidden, weight, bias), target)`` without the logits of all tokens in memory.
 
-    Loss and gradients are exact and computed in chunks of tokens. `filter_eps` makes the gradients, never the loss,
-    approximate: whole tiles of ``softmax - onehot`` below it are left out. While the softmax is flat, before or early
-    in training, that can drop much of its mass wherever ``1 / vocab`` is below the threshold.
+    Loss and gradients are exact. With `filter_eps` the gradients, never the loss, leave out tiles of
+    ``softmax - onehot`` below it: much of a flat softmax, as early in training, where ``1 / vocab`` is below it.
 
     Args:
         hidden: hidden state of each token, floating.
         weight: weight of the head, dtype of `hidden`.
         target: class of each token, ``[*tokens]``.
         bias: bias of the head, dtype of `hidden`.
-        ignore_index: a target that marks a token as absent: loss 0, gradient 0, not counted by the mean.
+        ignore_index: a target that marks a token as absent: loss and gradient 0, not counted.
         reduction: `none`, `mean` over present tokens (0 where there are none) or `sum`.
         label_smoothing: share of the target spread evenly over the vocabulary, in ``[0, 1]``; not with `softcap`.
         z_loss_weight: adds this times the square of log-sum-exp, ``>= 0``.
         softcap: c of ``c tanh(z / c)``, ``> 0``; computed tile by tile.
-        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto` for the paper's, a 32nd of the
-            machine epsilon of `hidden`.
-        sort_vocab: with a filter, order the vocabulary by mean logit in the backward pass, so that more tiles fall
-            below the threshold.
+        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto` for the paper's, eps(dtype) / 32.
+        sort_vocab: with a filter, order the vocabulary by mean logit in the backward pass: more tiles are skipped.
         filter_weight: with a filter, False keeps the gradients of `weight` and `bias` whole.
         backend: `auto`, `torch` or `triton`.
 
@@ -56,36 +53,31 @@ def linear_cross_entropy(  # noqa: PLR0913 - torch's arguments, then the head's,
     Raises:
         ValueError: shapes or devices disagree, an option is out of range, or an option has nothing to act on.
         TypeError: a tensor is not floating point, the dtypes disagree, or `target` is not int64.
-        BackendUnavailable: ``backend="triton"`` where Triton cannot run.
 
     Source: wijmans2025cut, eq:cut-cross-entropy-loss, eq:cut-cross-entropy-smoothing.
     Chapter: cut-cross-entropy
     """
-    op = "linear_cross_entropy"
-    check_choice(op, "reduction", reduction, REDUCTIONS)
-    eps = _check_options(op, hidden, label_smoothing, z_loss_weight, softcap, filter_eps, sort_vocab, filter_weight)
+    check_choice("linear_cross_entropy", "reduction", reduction, REDUCTIONS)
+    smoothing = label_smoothing, z_loss_weight, softcap
+    eps = _check_options("linear_cross_entropy", hidden, *smoothing, filter_eps, sort_vocab, filter_weight)
     if softcap is None and eps == 0:
         logp, logsumexp, _ = linear_logp(hidden, weight, target, bias=bias, ignore_index=ignore_index, backend=backend)
         loss = -logp
     else:
-        loss, logsumexp = cut_cross_entropy(
-            hidden, weight, target, bias=bias, softcap=softcap, ignore_index=ignore_index, filter_eps=eps,
-            sort_vocab=sort_vocab, filter_weight=filter_weight, backend=backend,
-        )  # fmt: skip
+        filtering = {"filter_eps": eps, "sort_vocab": sort_vocab, "filter_weight": filter_weight, "backend": backend}
+        options = {"bias": bias, "softcap": softcap, "ignore_index": ignore_index, **filtering}
+        loss, logsumexp = cut_cross_entropy(hidden, weight, target, **options)
     present = target != ignore_index
     if label_smoothing:
-        mean = _mean_logit(hidden, weight, bias, present)
-        loss = (1 - label_smoothing) * loss + label_smoothing * (logsumexp - mean)
-    if z_loss_weight:
-        loss = loss + z_loss_weight * logsumexp.square()
-    return reduce(loss, reduction, present)
+        loss = (1 - label_smoothing) * loss + label_smoothing * _above_mean(logsumexp, hidden, weight, bias, present)
+    return reduce(loss + z_loss_weight * logsumexp.square() if z_loss_weight else loss, reduction, present)
 
 
-def _mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor) -> Tensor:
-    """Mean of each token's logits over the vocabulary: a product with the mean row of the head."""
+def _above_mean(logsumexp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor) -> Tensor:
+    """Log-sum-exp over the mean of a token's logits, which is a product with the mean row of the head."""
     mean = weight.mean(0, dtype=wide(weight[:0]).dtype)
     logit = (wide(hidden.masked_fill(~present[..., None], 0.0)) * mean).sum(-1)
-    return logit if bias is None else logit + wide(bias).mean()
+    return logsumexp - (logit if bias is None else logit + wide(bias).mean())
 
 
 def _check_options(

@@ -57,20 +57,19 @@ def cut_cross_entropy(  # noqa: PLR0913 - the arguments of torch's cross_entropy
     """Cross-entropy of each token and its log-sum-exp, tile by tile, with no logit in memory on a GPU.
 
     The loss is exact. With `filter_eps` the backward pass leaves out every tile of logits in which no entry of
-    ``softmax - onehot`` reaches it; tiles are chosen before the upstream gradient is multiplied in, and their size
-    depends on the dtype. Without a filter gradients are exact too, and `p2k.ops.linear_logp` is the usual choice.
+    ``softmax - onehot`` reaches it, before the upstream gradient is multiplied in; tiles depend on the dtype. Without
+    it gradients are exact too, and `p2k.ops.linear_logp` is the usual choice.
 
     Args:
         hidden: hidden state of each token, floating; autocast treats it as `torch.nn.functional.linear` does.
         weight: weight of the head, dtype of `hidden`.
-        target: class of each token, ``[*tokens]``. A CPU checks the range; elsewhere, and in compiled code, a target
-            outside makes that token's loss, and gradients that the filter keeps, NaN.
+        target: class of each token. A CPU checks the range; elsewhere, and in compiled code, a target outside makes
+            that token's loss, and gradients that the filter keeps, NaN.
         bias: bias of the head, dtype of `hidden`.
         softcap: c of ``c tanh(z / c)``, ``> 0``; None leaves the logits alone.
         ignore_index: a target that marks a token as absent: its results and gradients are 0.
         filter_eps: threshold in ``[0, 1)``; 0 keeps everything. `default_filter_eps` has the paper's.
-        sort_vocab: let entries with like mean logits share tiles in the backward pass, so that more of them are
-            skipped.
+        sort_vocab: let entries with like mean logits share tiles in the backward pass.
         filter_weight: False exempts the gradients of `weight` and `bias` from the filter.
         backend: `auto`, `torch` or `triton`. Torch holds the logits of one tile of tokens at a time.
 
@@ -78,8 +77,7 @@ def cut_cross_entropy(  # noqa: PLR0913 - the arguments of torch's cross_entropy
         Two tensors ``[*tokens]`` in float32, in float64 for float64.
 
     Raises:
-        ValueError: shapes or devices disagree, a size of `weight` is 0, a target is out of range on a CPU, or an
-            option is out of its range.
+        ValueError: shapes or devices disagree, or a size, an option or, on a CPU, a target is out of range.
         TypeError: a tensor is not floating point, the dtypes disagree, or `target` is not int64.
         P2KError: a filter under a `torch.func` transform.
         BackendUnavailable: ``backend="triton"`` where Triton cannot run.
@@ -97,13 +95,18 @@ def cut_cross_entropy(  # noqa: PLR0913 - the arguments of torch's cross_entropy
                 raise P2KError(f"{op}: a filtered gradient is no derivative, so no torch.func transform takes it")
             return CutCrossEntropy(*reference.cut_cross_entropy(hidden, weight, target, bias, softcap, ignore_index))
         _check_range(op, target, len(weight), ignore_index)
-    code = codes(target, len(weight), ignore_index)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    picked, peak, log_sum = registration.numbers(
-        flat, weight, code, bias, softcap, filter_eps, sort_vocab, filter_weight, chosen
-    )
+    options = (softcap, filter_eps, sort_vocab, filter_weight, chosen)
+    return CutCrossEntropy(*_results(hidden, weight, target, bias, ignore_index, options))
+
+
+def _results(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, options: tuple
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp in the shape of the target."""
+    code, flat = codes(target, len(weight), ignore_index), hidden.reshape(-1, hidden.shape[-1])
+    picked, peak, log_sum = registration.numbers(flat, weight, code, bias, *options)
     # In this order the loss keeps its digits when all logits are far from 0.
-    return CutCrossEntropy(*(x.view(target.shape) for x in ((peak - picked) + log_sum, peak + log_sum)))
+    return ((peak - picked) + log_sum).view(target.shape), (peak + log_sum).view(target.shape)
 
 
 def filtered_gradients(  # noqa: PLR0913 - the arguments of the op
