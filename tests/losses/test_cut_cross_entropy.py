@@ -166,10 +166,10 @@ def test_compiled_whole():
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     inputs, target = batch(dtype=torch.float32)
-    for options in ({"label_smoothing": 0.1, "z_loss_weight": 0.1}, {"filter_eps": 0.05, "sort_vocab": True}):
-        pair = [run(*inputs[:2], target, inputs[2], **options) for run in (compiled, linear_cross_entropy)]
-        for x, y in zip(*(gradients(loss, inputs) for loss in pair), strict=True):
-            assert max(relative_errors(x, y.double())) <= tolerance(torch.float32, dot=True)
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "filter_eps": 0.05, "sort_vocab": True}
+    pair = [run(*inputs[:2], target, inputs[2], **options) for run in (compiled, linear_cross_entropy)]
+    for x, y in zip(*(gradients(loss, inputs) for loss in pair), strict=True):
+        assert max(relative_errors(x, y.double())) <= tolerance(torch.float32, dot=True)
 
 
 def test_exact_is_the_shared_chunked_op(monkeypatch):

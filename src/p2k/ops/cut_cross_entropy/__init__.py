@@ -139,17 +139,16 @@ def filtered_gradients(  # noqa: PLR0913 - the arguments of the op
     op = "filtered_gradients"
     _check(op, hidden, weight, target, bias, softcap, filter_eps)
     _check_range(op, target, len(weight), ignore_index)
-    stage = registration._stage(choose_backend(backend, hidden, op=op))
+    stage = registration.stage_of(choose_backend(backend, hidden, op=op))
     tile = registration.tile_of(hidden.dtype) if tile is None else tile
     code, flat = codes(target, len(weight), ignore_index), hidden.detach().reshape(-1, hidden.shape[-1])
     weight, bias = weight.detach(), None if bias is None else bias.detach()
-    numbers = stage.forward(flat, weight, code, bias, softcap)
-    grads = torch.zeros_like(numbers[:2])
-    grads[0] = 1.0
-    needs = [True, True, bias is not None]
-    *found, kept = stage.backward(
-        grads, flat, weight, code, bias, numbers, softcap, filter_eps, sort_vocab, filter_weight, needs, tile
-    )
+    options = (softcap, filter_eps, sort_vocab, filter_weight, [True, True, bias is not None], tile)
+    with registration.exact_products(hidden):
+        numbers = stage.forward(flat, weight, code, bias, softcap)
+        grads = torch.zeros_like(numbers[:2])
+        grads[0] = 1.0
+        *found, kept = stage.backward(grads, flat, weight, code, bias, numbers, *options)
     return FilteredGradients(found[0].view(hidden.shape), found[1], found[2], kept)
 
 

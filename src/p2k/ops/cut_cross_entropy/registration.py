@@ -16,7 +16,7 @@ from p2k.ops.cut_cross_entropy.tiles import ABSENT, UNKNOWN, tile_of
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _stage(backend: str) -> ModuleType:
+def stage_of(backend: str) -> ModuleType:
     """The module whose `forward` and `backward` run."""
     if backend == "torch":
         return reference
@@ -25,19 +25,26 @@ def _stage(backend: str) -> ModuleType:
     return kernel
 
 
+def exact_products(hidden: Tensor) -> torch.autocast:
+    """Autocast off: operands have been cast, and what the passes widened must stay wide."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
 def _forward(  # noqa: PLR0913 - an op names its tensors one by one
     hidden: Tensor, weight: Tensor, code: Tensor, bias: Tensor | None, softcap: float | None, epsilon: float,
     sort: bool, filter_weight: bool, backend: str,
 ) -> Tensor:  # fmt: skip
-    return _stage(backend).forward(hidden, weight, code, bias, softcap)
+    with exact_products(hidden):
+        return stage_of(backend).forward(hidden, weight, code, bias, softcap)
 
 
 def _backward(  # noqa: PLR0913 - an op names its tensors one by one
     grads: Tensor, hidden: Tensor, weight: Tensor, code: Tensor, bias: Tensor | None, numbers: Tensor,
     softcap: float | None, epsilon: float, sort: bool, filter_weight: bool, backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    run, tile = _stage(backend).backward, tile_of(hidden.dtype)
-    return run(grads, hidden, weight, code, bias, numbers, softcap, epsilon, sort, filter_weight, needs, tile)
+    run, tile = stage_of(backend).backward, tile_of(hidden.dtype)
+    with exact_products(hidden):
+        return run(grads, hidden, weight, code, bias, numbers, softcap, epsilon, sort, filter_weight, needs, tile)
 
 
 @torch.library.custom_op("p2k::cut_cross_entropy_forward", mutates_args=())
