@@ -70,9 +70,13 @@ def test_training_learns_and_arms_of_one_seed_are_paired():
     assert exact.skipped == [0.0] * 60
     harmless = train_bigram(language, Arm(1e-12), **options)
     assert harmless.excess == pytest.approx(exact.excess, rel=1e-3)
-    filtered, whole = (train_bigram(language, Arm(0.1, w), **options) for w in (True, False))
-    assert filtered.skipped[0] > 0
-    assert filtered.excess != whole.excess
+    both, hidden, weight = (train_bigram(language, Arm(0.1, *which), **options).excess for which in
+                            ((True, True), (False, True), (True, False)))  # fmt: skip
+    assert len({both, hidden, weight, exact.excess}) == 4
+    assert train_bigram(language, Arm(0.1), **options).skipped[0] > 0
+    neither = train_bigram(language, Arm(0.1, filter_weight=False, filter_hidden=False), **options)
+    # Sorting changes the order of sums.
+    assert neither.excess == pytest.approx(exact.excess, rel=1e-3)
 
 
 def test_the_rate_is_the_better_one():

@@ -149,10 +149,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Arm:
-    """How gradients are computed: threshold (0 is exact) and whether the weight's are filtered too."""
+    """How gradients are computed: threshold (0 is exact), and which of them the filter touches."""
 
     filter_eps: float = 0.0
     filter_weight: bool = True
+    filter_hidden: bool = True
 
 
 def make_language(vocab: int, *, rank: int = 8, seed: int = 0, device: str = "cpu") -> Language:
@@ -188,11 +189,11 @@ def train_bigram(
     skipped = []
     for _ in range(steps):
         token, target = language.sample(tokens, source)
-        found = filtered_gradients(
-            embedding[token], weight, target, bias=parameters[2], filter_eps=arm.filter_eps,
-            sort_vocab=arm.filter_eps > 0, filter_weight=arm.filter_weight, tile=tile,
-        )  # fmt: skip
-        embedding.grad = torch.zeros_like(embedding).index_add_(0, token, found.hidden / tokens)
+        inputs = {"hidden": embedding[token], "weight": weight, "target": target, "bias": parameters[2], "tile": tile}
+        filtering = {"filter_eps": arm.filter_eps, "sort_vocab": arm.filter_eps > 0}
+        found = filtered_gradients(**inputs, **filtering, filter_weight=arm.filter_weight)
+        hidden = found.hidden if arm.filter_hidden else filtered_gradients(**inputs).hidden
+        embedding.grad = torch.zeros_like(embedding).index_add_(0, token, hidden / tokens)
         weight.grad, parameters[2].grad = found.weight / tokens, found.bias / tokens
         optimizer.step()
         skipped.append(1 - found.kept.double().mean().item())
