@@ -194,7 +194,7 @@ def test_a_renamed_vocabulary_has_a_renamed_gradient(eps):
 
 def test_a_tile_with_a_target_is_kept_until_the_target_is_certain():
     inputs, target = head(8, vocab=24, dim=4, bias=False)
-    tile = {"tile": (4, 8), "filter_eps": 2.0**-3}
+    tile = {"tile": (4, 8), "filter_eps": 2.0**-3, "backend": "torch"}
     kept = filtered_gradients(0 * inputs[0], inputs[1], target, **tile).kept
     # A flat softmax over 24 entries lies below 2**-3, so a tile is kept exactly for its targets.
     expected = torch.zeros_like(kept)

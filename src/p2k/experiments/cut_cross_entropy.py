@@ -70,7 +70,9 @@ def filter_effect(head: Head, *, filter_eps: float, sort_vocab: bool, tile: tupl
         sort_vocab: order the vocabulary by mean logit.
         tile: tokens and vocabulary entries of a tile.
     """
-    inputs = {"hidden": head.hidden, "weight": head.weight, "target": head.target, "bias": head.bias, "tile": tile}
+    # The reference takes tiles of any size, on any device.
+    options = {"tile": tile, "backend": "torch"}
+    inputs = {"hidden": head.hidden, "weight": head.weight, "target": head.target, "bias": head.bias, **options}
     exact = filtered_gradients(**inputs)
     found = filtered_gradients(**inputs, filter_eps=filter_eps, sort_vocab=sort_vocab)
     rows = (found.weight - exact.weight).norm(dim=1) / exact.weight.norm(dim=1).clamp_min(1e-30)
@@ -189,7 +191,8 @@ def train_bigram(
     skipped = []
     for _ in range(steps):
         token, target = language.sample(tokens, source)
-        inputs = {"hidden": embedding[token], "weight": weight, "target": target, "bias": parameters[2], "tile": tile}
+        inputs = {"hidden": embedding[token], "weight": weight, "target": target, "bias": parameters[2]}
+        inputs |= {"tile": tile, "backend": "torch"}
         filtering = {"filter_eps": arm.filter_eps, "sort_vocab": arm.filter_eps > 0}
         found = filtered_gradients(**inputs, **filtering, filter_weight=arm.filter_weight)
         hidden = found.hidden if arm.filter_hidden else filtered_gradients(**inputs).hidden
