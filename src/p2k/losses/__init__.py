@@ -3,6 +3,7 @@
 from p2k.losses.adpo import ADPOLoss, adpo_loss, decoupled_adpo_loss
 from p2k.losses.anchors import ANCHORS, build_anchor
 from p2k.losses.apo import APOLoss, apo_loss
+from p2k.losses.cut_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from p2k.losses.dpo import DPOLoss, dpo_loss
 from p2k.losses.gopo import GOPOLoss, gopo_loss, linear_gopo_loss, water_fill
 from p2k.losses.listwise import all_pairs_loss, plackett_luce_loss
@@ -16,6 +17,7 @@ __all__ = [
     "APOLoss",
     "DPOLoss",
     "GOPOLoss",
+    "LinearCrossEntropyLoss",
     "adpo_loss",
     "all_pairs_loss",
     "apo_loss",
@@ -25,6 +27,7 @@ __all__ = [
     "get_adv_estimator",
     "get_policy_loss",
     "gopo_loss",
+    "linear_cross_entropy",
     "linear_gopo_loss",
     "plackett_luce_loss",
     "register_adv_est",

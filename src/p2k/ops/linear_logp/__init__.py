@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from p2k.core.autocast import as_linear_operand
 from p2k.core.backend import Backend, choose_backend
 from p2k.core.checks import check_floating, check_positive, check_same_device, check_shape
 from p2k.ops.linear_logp import chunked, reference, registration
@@ -66,7 +67,7 @@ def linear_logp(
     Source: wijmans2025cut.
     """
     op = "linear_logp"
-    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
+    hidden, weight, bias = (as_linear_operand(tensor) for tensor in (hidden, weight, bias))
     _check(op, hidden, weight, target, bias)
     if isinstance(temperature, Tensor):
         raise TypeError(f"{op}: temperature must be a number, got a tensor; divide hidden and bias by a learned one")
@@ -81,15 +82,6 @@ def linear_logp(
             _check_range(op, target, len(weight), ignore_index)
     size = chunk_size or chunked.CHUNK.get(hidden.device.type, chunked.CHUNK["cuda"])
     return LinearLogp(*registration.linear_logp(hidden, weight, target, bias, temperature, ignore_index, size, chosen))
-
-
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """What `torch.nn.functional.linear` makes of a float32 operand under autocast."""
-    if tensor is None or tensor.dtype != torch.float32:
-        return tensor
-    kind = tensor.device.type
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return tensor.to(torch.get_autocast_dtype(kind)) if active else tensor
 
 
 def _check(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
