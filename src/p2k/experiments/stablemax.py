@@ -4,7 +4,7 @@ All seeds of an arm train as one batch of matrix products. Their weights stay te
 that projects looks at one weight tensor at a time.
 
 ``python -m p2k.experiments.stablemax --out DIR`` trains `LONG_ARMS` for `LONG` and writes one record per arm, with its
-curves under `config`: about eight minutes on one core.
+curves under `config`: about ten minutes on one core.
 
 Source: prieto2025grokking.  Chapter: stablemax
 """
@@ -115,7 +115,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 # The task that a CPU affords: 576 of 961 pairs, 24,000 weights per network.
 SMALL = Task(modulus=31, train_fraction=0.6, hidden=(128, 128), steps=300, every=10)
 LONG = Task(modulus=31, train_fraction=0.6, hidden=(128, 128), steps=10_000, every=200)
-# Rates are the best of three on seeds 1000 to 1002, where any was better than the others.
+# Rates were chosen on seeds 1000 to 1002, which are not reported.
 SHORT_ARMS = {
     "softmax, float16": Arm("softmax16"),
     "softmax, float32": Arm(),
