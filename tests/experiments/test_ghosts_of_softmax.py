@@ -17,18 +17,18 @@ def data():
 
 @pytest.fixture(scope="module")
 def start(data):
-    return study._checkpoint(data, 7)
+    return study.checkpoint(data, 7)
 
 
-def run(arm, bound, start, data, *, multiplier=1.0, steps=4):
-    return study.run_arm(arm, bound, *start, data, multiplier=multiplier, seed=7, steps=steps)
+def run(arm, bound, start, data, *, spike=(1.0, 4), steps=4):
+    return study.run_arm(arm, bound, *start, data, spike=spike, seed=7, steps=steps)
 
 
 def test_a_checkpoint_is_reproducible_and_left_alone(data, start):
-    again = study._checkpoint(data, 7)
+    again = study.checkpoint(data, 7)
     before = copy.deepcopy(start[0].state_dict())
-    first = run(study.PLAIN, math.inf, start, data, multiplier=100.0)
-    assert first == run(study.PLAIN, math.inf, again, data, multiplier=100.0)
+    first = run(study.PLAIN, math.inf, start, data, spike=(100.0, 4))
+    assert first == run(study.PLAIN, math.inf, again, data, spike=(100.0, 4))
     assert all(torch.equal(value, before[name]) for name, value in start[0].state_dict().items())
     assert start[1].param_groups[0]["lr"] == study.RATE
 
@@ -64,22 +64,32 @@ def test_arms_limit_what_they_say(data, start):
     assert lengths[study.GRADIENT] > 0.2 * lengths[study.PLAIN] > 10 * lengths[study.UPDATE]
 
 
+def test_a_spike_ends_after_its_steps(data, start):
+    calm = run(study.PLAIN, math.inf, start, data, spike=(1.0, 4))
+    short = run(study.PLAIN, math.inf, start, data, spike=(1.0, 0))
+    assert short == calm
+    jolt = run(study.CONTROLLER, 1e9, start, data, spike=(1e4, 1))
+    assert jolt.ratios[0] > 50 * max(jolt.ratios[1:])
+
+
 def test_ratios_are_recorded_for_the_controller_only(data, start):
     assert run(study.PLAIN, math.inf, start, data).ratios == []
-    traced = run(study.CONTROLLER, 1.0, start, data, multiplier=1e4)
+    traced = run(study.CONTROLLER, 1.0, start, data, spike=(1e4, 4))
     assert len(traced.ratios) == 4
     assert traced.ratios[0] > 100
 
 
 def test_the_study_pairs_seeds_and_keeps_tuning_apart(data):
-    sizes = {"seeds": (0, 1), "multipliers": (1.0, 1e4), "steps": 2, "tuning_multipliers": (1.0,)}
+    calm, long = (1.0, 2), (1e4, 2)
+    sizes = {"seeds": (0, 1), "spikes": (calm, long), "steps": 2, "tuning_spikes": (calm,)}
     found = study.spike_study(data, tuning_seeds=(100,), **sizes)
     assert set(found.chosen) == set(study.GRIDS)
     assert all(found.chosen[arm] in grid for arm, grid in study.GRIDS.items())
     arms = {arm for arm, _ in found.runs}
     assert arms == {"plain Adam", "controller, r = 1", *(f"{arm}, tuned" for arm in study.GRIDS)}
-    assert all(len(found.accuracy(arm, m)) == 2 for arm in arms for m in (1.0, 1e4))
-    assert found.runs["plain Adam", 1.0][0].losses[0] == found.runs["controller, r = 1", 1e4][0].losses[0]
+    assert all(len(found.accuracy(arm, m)) == 2 for arm in arms for m in (calm, long))
+    assert found.runs["plain Adam", calm][0].losses[0] == found.runs["controller, r = 1", long][0].losses[0]
+    assert found.difference("plain Adam", "plain Adam", calm).mean == 0
     with pytest.raises(ValueError, match="must not be reported"):
         study.spike_study(data, tuning_seeds=(1,), **sizes)
 
@@ -89,4 +99,4 @@ def test_batches_cover_the_images_once_per_epoch():
     epoch = torch.cat([next(order), next(order)])
     assert len(epoch.unique()) == 128
     with pytest.raises(KeyError):
-        study.run_arm("no arm", 1.0, nn.Linear(1, 1), None, None, multiplier=1.0, seed=0, steps=1)
+        study.run_arm("no arm", 1.0, nn.Linear(1, 1), None, None, spike=(1.0, 1), seed=0, steps=1)

@@ -199,7 +199,7 @@ def temperature_onsets(
     change of the logits over the temperature, a unit that knows nothing of zeros.
 
     Args:
-        data: a network is trained per temperature, on its `train` part, and judged there.
+        data: a network is trained per temperature on its `train` part, and judged on the first 256 images of it.
         seed: of weights and batches.
         temperatures: the loss sees the logits divided by these.
         steps: training steps.
@@ -209,9 +209,9 @@ def temperature_onsets(
     for temperature in temperatures:
         model = build_mlp(seed=seed, device=data.train[0].device)
         train(model, data, seed=seed, steps=steps, temperature=temperature)
-        line = descent(model, *data.train, temperature=temperature)
+        line = descent(model, *(part[:256] for part in data.train), temperature=temperature)
         bound = temperature * line.bound
-        grid = bound * torch.logspace(-1.5, 3, 181, device=line.logits.device)
+        grid = bound * torch.logspace(-1.5, 3, 91, device=line.logits.device)
         over = one_step_damage(line, grid, temperature=temperature).loss_ratio >= threshold
         onset = grid[over.int().argmax()].item() if over.any() else math.nan
         centred = line.slopes - line.slopes.mean(-1, keepdim=True)

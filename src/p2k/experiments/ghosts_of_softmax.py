@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from p2k.core.seeding import generator
 from p2k.data.digits import load_digits
+from p2k.experiments.statistics import PairedDifference, paired_difference
 from p2k.optim.ghosts_of_softmax import RadiusController
 
 __all__ = [
@@ -35,6 +36,7 @@ PLAIN, GRADIENT, UPDATE, CONTROLLER = "plain Adam", "gradient clipping", "update
 # Four candidates each: bounds on the gradient's norm, on the step's norm, and on the step in radii.
 GRIDS = {GRADIENT: (0.01, 0.1, 1.0, 10.0), UPDATE: (0.03, 0.1, 0.3, 1.0), CONTROLLER: (0.5, 1.0, 2.0, 4.0)}
 BATCH, WARM_STEPS, RATE = 64, 50, 1e-3
+Spike = tuple[float, int]  # factor on the learning rate, and for how many steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +60,18 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Spikes:
-    """All runs of the comparison by (arm, multiplier), one per seed, and the settings that tuning chose."""
+    """All runs of the comparison by arm and spike, one per seed, and the settings that tuning chose."""
 
-    runs: dict[tuple[str, float], list[Trace]]
+    runs: dict[tuple[str, Spike], list[Trace]]
     chosen: dict[str, float]
 
-    def accuracy(self, arm: str, multiplier: float) -> list[float]:
+    def accuracy(self, arm: str, spike: Spike) -> list[float]:
         """Final test accuracy of each seed in percent."""
-        return [run.test_accuracy for run in self.runs[arm, multiplier]]
+        return [run.test_accuracy for run in self.runs[arm, spike]]
+
+    def difference(self, first: str, second: str, spike: Spike) -> PairedDifference:
+        """Test accuracy of one arm minus another, in points, paired by seed."""
+        return paired_difference(self.accuracy(first, spike), self.accuracy(second, spike))
 
 
 def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Digits:
@@ -131,33 +137,34 @@ def run_arm(
     optimizer: torch.optim.Optimizer,
     data: Digits,
     *,
-    multiplier: float,
+    spike: Spike,
     seed: int,
     steps: int,
 ) -> Trace:
-    """Continue a trained network at a multiplied learning rate; the given model and optimizer are left alone.
+    """Continue a trained network through a spike; the given model and optimizer are left alone.
 
     Args:
         arm: ``plain Adam`` or a key of `GRIDS`.
         bound: what the arm limits: gradient norm, step norm, or the step in radii; unused by plain Adam.
         model, optimizer: where to start, state included.
         data: trained on `train`.
-        multiplier: of the learning rate, for all steps.
+        spike: factor on the learning rate from the first step on, and for how many steps.
         seed: of the batches.
-        steps: number of updates.
+        steps: number of updates in all.
 
     Raises:
         KeyError: unknown arm.
     """
     take = {PLAIN: _plain, GRADIENT: _clip_gradient, UPDATE: _clip_update, CONTROLLER: _controlled}[arm]
     model, optimizer = deepcopy((model, optimizer))
-    for group in optimizer.param_groups:
-        group["lr"] *= multiplier
+    factor, length = spike
     step = take(model, optimizer, bound)
     images, labels = data.train
     order = batches(len(labels), seed + 10_000, images.device)
     losses, ratios = [], []
-    for _ in range(steps):
+    for number in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (factor if number < length else 1.0)
         index = next(order)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images[index]), labels[index])
@@ -176,24 +183,23 @@ def accuracy(model: nn.Module, part: tuple[Tensor, Tensor]) -> float:
     return 100 * (model(images).argmax(-1) == labels).double().mean().item()
 
 
-def tune(data: Digits, *, seeds: Sequence[int], multipliers: Sequence[float], steps: int) -> dict[str, float]:
-    """The bound of each arm with the best validation accuracy, averaged over tuning seeds and multipliers.
+def tune(data: Digits, *, seeds: Sequence[int], spikes: Sequence[Spike], steps: int) -> dict[str, float]:
+    """The bound of each arm with the best validation accuracy, averaged over tuning seeds and spikes.
 
     One bound has to serve with a spike and without, as it must in practice.
 
     Args:
         data: judged on its `val` part.
         seeds: disjoint from the reported ones.
-        multipliers: spikes to be ready for.
+        spikes: what to be ready for.
         steps: length of a run.
     """
     score = {(arm, bound): 0.0 for arm, grid in GRIDS.items() for bound in grid}
     for seed in seeds:
-        start = _checkpoint(data, seed)
+        start = checkpoint(data, seed)
         for arm, bound in score:
-            for multiplier in multipliers:
-                run = run_arm(arm, bound, *start, data, multiplier=multiplier, seed=seed, steps=steps)
-                score[arm, bound] += run.val_accuracy
+            for spike in spikes:
+                score[arm, bound] += run_arm(arm, bound, *start, data, spike=spike, seed=seed, steps=steps).val_accuracy
     return {arm: max(grid, key=lambda bound, arm=arm: score[arm, bound]) for arm, grid in GRIDS.items()}
 
 
@@ -201,42 +207,42 @@ def spike_study(
     data: Digits,
     *,
     seeds: Sequence[int],
-    multipliers: Sequence[float],
+    spikes: Sequence[Spike],
     steps: int,
     tuning_seeds: Sequence[int],
-    tuning_multipliers: Sequence[float] = (1.0, 1000.0),
+    tuning_spikes: Sequence[Spike],
 ) -> Spikes:
     """Every arm through every spike, at the bound that tuning chose; the controller also at its untuned bound of 1.
 
     Args:
         data: digits.
         seeds: of initial weights and batches, reported.
-        multipliers: of the learning rate.
-        steps: length of the spike.
+        spikes: factors on the learning rate with their durations.
+        steps: length of a run from the checkpoint on.
         tuning_seeds: seeds on which bounds are chosen.
-        tuning_multipliers: spikes on which bounds are chosen.
+        tuning_spikes: spikes on which bounds are chosen.
 
     Raises:
         ValueError: a tuning seed is also reported.
     """
     if set(seeds) & set(tuning_seeds):
         raise ValueError(f"spike_study: tuning seeds must not be reported, got {seeds} and {tuning_seeds}")
-    chosen = tune(data, seeds=tuning_seeds, multipliers=tuning_multipliers, steps=steps)
+    chosen = tune(data, seeds=tuning_seeds, spikes=tuning_spikes, steps=steps)
     arms = {PLAIN: (PLAIN, math.inf), "controller, r = 1": (CONTROLLER, 1.0)}
     arms |= {f"{arm}, tuned": (arm, bound) for arm, bound in chosen.items()}
-    runs: dict[tuple[str, float], list[Trace]] = {}
+    runs: dict[tuple[str, Spike], list[Trace]] = {}
     for seed in seeds:
-        start = _checkpoint(data, seed)
-        for multiplier in multipliers:
+        start = checkpoint(data, seed)
+        for spike in spikes:
             done: dict[tuple[str, float], Trace] = {}
             for name, arm in arms.items():
                 if arm not in done:
-                    done[arm] = run_arm(*arm, *start, data, multiplier=multiplier, seed=seed, steps=steps)
-                runs.setdefault((name, multiplier), []).append(done[arm])
+                    done[arm] = run_arm(*arm, *start, data, spike=spike, seed=seed, steps=steps)
+                runs.setdefault((name, spike), []).append(done[arm])
     return Spikes(runs, chosen)
 
 
-def _checkpoint(data: Digits, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def checkpoint(data: Digits, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network all arms of one seed start from."""
     model = build_mlp(seed=seed, device=data.train[0].device, dtype=data.train[0].dtype)
     return model, train(model, data, seed=seed, steps=WARM_STEPS)
