@@ -118,6 +118,15 @@ def test_ranking_quality_is_the_probability_of_the_right_order():
         ghost_lines.ranking_quality(score, event & False)
 
 
+def test_flips_of_linear_logits_are_known_before_the_step(line):
+    head = {name: -d * (name[0] == "2") for name, d in line.direction.items()}
+    uphill = ghost_lines._line(line.module, head, line.images, line.labels)
+    found = ghost_lines.flip_rankings(uphill, ratio=4.0)
+    assert found["linear"] == 1.0
+    assert set(found) == {"spread", "exact", "margin", "linear", "share"}
+    assert all(0 <= value <= 1 for value in found.values())
+
+
 def test_onsets_use_their_units():
     data = study.load()
     found = ghost_lines.temperature_onsets(data, seed=1, temperatures=(1.0, 4.0), steps=5, threshold=1.5)

@@ -24,6 +24,7 @@ __all__ = [
     "activation_poles",
     "calibrate",
     "descent",
+    "flip_rankings",
     "line_taylor",
     "one_step_damage",
     "random_direction",
@@ -188,6 +189,35 @@ def ranking_quality(score: Tensor, event: Tensor) -> float:
         raise ValueError(f"ranking_quality: the event must happen to some examples, got {count} of {len(event)}")
     order = (score[:, None] > score).double().sum(1) + 0.5 * (score[:, None] == score).double().sum(1) - 0.5
     return ((order[event].sum() - count * (count - 1) / 2) / (count * (len(event) - count))).item()
+
+
+def flip_rankings(line: Line, *, ratio: float) -> dict[str, float]:
+    """How well four scores, known before a step of `ratio` bounds, rank the examples whose prediction it changes.
+
+    ``spread`` is that of the slopes, ``exact`` the nearness of the exact zero, ``margin`` the lack of a margin at the
+    start, and ``linear`` the lack of one that linear logits predict for the end. Each is a `ranking_quality`;
+    ``share`` is the share of examples whose prediction changes.
+
+    Raises:
+        ValueError: the step changes no prediction, or all.
+    """
+    step = ratio * line.bound
+    chosen = line.logits.argmax(-1, keepdim=True)
+    end = line.at(torch.tensor([step]).to(line.logits))[0]
+
+    def lack(logits: Tensor) -> Tensor:
+        others = logits.scatter(1, chosen, -math.inf).amax(1)
+        return others - logits.gather(1, chosen)[:, 0]
+
+    scores = {
+        "spread": logit_spread(line.slopes),
+        "exact": -nearest_zeros(line.logits, line.slopes).abs(),
+        "margin": lack(line.logits),
+        "linear": lack(line.logits + step * line.slopes),
+    }
+    flips = lack(end) > 0
+    found = {name: ranking_quality(score.double(), flips) for name, score in scores.items()}
+    return found | {"share": flips.double().mean().item()}
 
 
 def temperature_onsets(

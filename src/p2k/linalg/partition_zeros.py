@@ -106,7 +106,7 @@ def nearest_zeros(
 
     Its modulus is the exact Taylor radius of the cross-entropy along a line of logits. Newton's method starts where
     two classes alone would cancel. That no other zero has a modulus below 0.999 of the one returned is checked by the
-    argument principle on a circle.
+    argument principle on a circle; a grid and at last an exhaustive search serve the rows that fail.
 
     Args:
         logits: at the origin; computed in float64.
@@ -148,14 +148,23 @@ def _nearest(z: Tensor, a: Tensor) -> Tensor:
     safe = torch.where(apart, gap, 1.0)
     lead = z[:, first] - z[:, second]
     starts = torch.complex(lead / safe, math.pi / safe.abs())
-    starts = torch.where(apart, starts, complex(0, math.pi))
+    best = _settle(z, a, torch.where(apart, starts, complex(0, math.pi)))
+    rows = (~_certified(z, a, best)).nonzero()[:, 0]
+    if len(rows):
+        # Where several classes cancel together no pair is near; a coarse grid finds most of these.
+        grid = torch.complex(*torch.meshgrid(_ticks(-9, 9, 1.5), _ticks(3, 12, 1.5), indexing="ij")).flatten()
+        best[rows] = _settle(z[rows], a[rows], grid.to(z.device).expand(len(rows), -1))
+        for row in rows[~_certified(z[rows], a[rows], best[rows])].tolist():
+            best[row] = _search(z[row], a[row])
+    return best
+
+
+def _settle(z: Tensor, a: Tensor, starts: Tensor) -> Tensor:
+    """The nearest zero that Newton reaches from each row's starts, infinite where it reaches none."""
     ends, settled = _newton(lambda points: _scaled(z, a, points).unbind(-1), starts, longest=2.0)
     size = torch.where(settled & (ends.imag > 1), ends.abs(), math.inf)
     best = ends.gather(1, size.argmin(1, keepdim=True))[:, 0]
-    best = torch.where(size.amin(1) < math.inf, best, complex(math.inf, 0))
-    for row in (~_certified(z, a, best)).nonzero()[:, 0].tolist():
-        best[row] = _search(z[row], a[row])
-    return best
+    return torch.where(size.amin(1) < math.inf, best, complex(math.inf, 0))
 
 
 def _certified(z: Tensor, a: Tensor, zeros: Tensor) -> Tensor:
