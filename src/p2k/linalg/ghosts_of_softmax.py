@@ -130,7 +130,7 @@ def relative_partition(
     return torch.polar(tilted.softmax(-1), slopes[..., None, :] * steps.imag[..., None]).sum(-1)
 
 
-def zero_free_bound(spread: Float[Tensor, "*batch"], height: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+def zero_free_bound(spread: Float[Tensor, "*#batch"], height: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch"]:
     """``cos(spread height / 2)``: a lower bound of ``|F(t)| / F(Re t)`` at ``|Im t| = height``; 0 from ``pi / spread``.
 
     Attained by two classes of equal weight.
@@ -206,7 +206,7 @@ def series_radius(series: Float[Tensor, "*batch terms"], *, tail: int = 20) -> F
     return 1 / ((series[..., -tail:].abs() * n / 2).log() / n).exp().amax(-1)
 
 
-def kl_remainder_bound(spread: Float[Tensor, "*batch"], step: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+def kl_remainder_bound(spread: Float[Tensor, "*#batch"], step: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch"]:
     """``|t|^3 spread^3 / (36 sqrt 3)``: how far a KL divergence may be from half the variance times ``t^2``.
 
     It holds for every real step, inside the radius or not.
