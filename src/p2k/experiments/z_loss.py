@@ -104,8 +104,9 @@ class _Body(nn.Module):
 
     def __init__(self, task: Task, rng: torch.Generator) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(2, task.words, task.width, generator=rng) / task.width**0.5)
-        self.bias = nn.Parameter(torch.zeros(task.width))
+        drawn = torch.randn(2, task.words, task.width, generator=rng, dtype=torch.float32)
+        self.embedding = nn.Parameter(drawn / task.width**0.5)
+        self.bias = nn.Parameter(torch.zeros(task.width, dtype=torch.float32))
 
     def forward(self, contexts: Int[Tensor, "items 2"]) -> Float[Tensor, "items width+1"]:
         """Hidden vectors."""
@@ -226,17 +227,22 @@ def run_study(
 def seconds_per_step(
     step: Callable[[], object], *, repeats: int, calls: int, device: torch.device | str = "cpu"
 ) -> list[float]:
-    """Seconds of one call, `repeats` times the mean over `calls`, after one call that warms up."""
+    """Seconds of one call, `repeats` times the mean over `calls`, after one call that warms up.
+
+    On a CPU these are the process's own processor seconds, which other jobs on the machine do not lengthen much; on a
+    GPU they are seconds by the clock, up to the end of the device's work.
+    """
     cuda = torch.device(device).type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
     step()
     found = []
     for _ in range(repeats):
         if cuda:
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             step()
         if cuda:
             torch.cuda.synchronize(device)
-        found.append((time.perf_counter() - start) / calls)
+        found.append((clock() - start) / calls)
     return found
