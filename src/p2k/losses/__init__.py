@@ -9,6 +9,7 @@ from p2k.losses.gopo import GOPOLoss, gopo_loss, linear_gopo_loss, water_fill
 from p2k.losses.listwise import all_pairs_loss, plackett_luce_loss
 from p2k.losses.recipes import RECIPES
 from p2k.losses.registry import get_adv_estimator, get_policy_loss, register_adv_est, register_policy_loss
+from p2k.losses.z_loss import ZLoss
 
 __all__ = [
     "ANCHORS",
@@ -17,7 +18,11 @@ __all__ = [
     "APOLoss",
     "DPOLoss",
     "GOPOLoss",
+<<<<<<< HEAD
     "LinearCrossEntropyLoss",
+=======
+    "ZLoss",
+>>>>>>> z-loss
     "adpo_loss",
     "all_pairs_loss",
     "apo_loss",
