@@ -20,6 +20,7 @@ def two_pass_softmax(
     """Softmax over the last dimension without subtracting the maximum.
 
     Results hold to a few units of rounding for ``|x| <= 1e4``; the argument reduction loses digits beyond 1e5.
+    A single column gives 1, up to one rounding with `native` and `triton`, which multiply by a reciprocal.
     ``-inf`` gives 0; a row of only ``-inf``, or one with ``+inf`` or NaN, gives NaN, as in `torch.softmax`.
 
     Args:
