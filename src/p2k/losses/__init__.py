@@ -9,6 +9,7 @@ from p2k.losses.gopo import GOPOLoss, gopo_loss, linear_gopo_loss, water_fill
 from p2k.losses.listwise import all_pairs_loss, plackett_luce_loss
 from p2k.losses.recipes import RECIPES
 from p2k.losses.registry import get_adv_estimator, get_policy_loss, register_adv_est, register_policy_loss
+from p2k.losses.stablemax import StableMaxCrossEntropyLoss, rest_cross_entropy, stablemax_cross_entropy
 from p2k.losses.z_loss import ZLoss
 
 __all__ = [
@@ -18,11 +19,9 @@ __all__ = [
     "APOLoss",
     "DPOLoss",
     "GOPOLoss",
-<<<<<<< HEAD
     "LinearCrossEntropyLoss",
-=======
+    "StableMaxCrossEntropyLoss",
     "ZLoss",
->>>>>>> z-loss
     "adpo_loss",
     "all_pairs_loss",
     "apo_loss",
@@ -37,5 +36,7 @@ __all__ = [
     "plackett_luce_loss",
     "register_adv_est",
     "register_policy_loss",
+    "rest_cross_entropy",
+    "stablemax_cross_entropy",
     "water_fill",
 ]

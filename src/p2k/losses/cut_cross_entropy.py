@@ -104,8 +104,8 @@ class LinearCrossEntropyLoss(nn.Module):
     """`linear_cross_entropy` with its options fixed; the head's weight stays with the model and is an argument.
 
     Args:
-        ignore_index, reduction, label_smoothing, z_loss_weight, softcap, filter_eps, sort_vocab, filter_weight,
-            backend: as for `linear_cross_entropy`.
+        options: `ignore_index`, `reduction`, `label_smoothing`, `z_loss_weight`, `softcap`, `filter_eps`, `sort_vocab`,
+            `filter_weight` and `backend`, as for `linear_cross_entropy`.
 
     Raises:
         ValueError: as `linear_cross_entropy`.

@@ -23,7 +23,7 @@ def s(z: Tensor) -> Tensor:
 
 
 def symlog(z: Tensor) -> Tensor:
-    """log s(z) = sign(z) log(1 + |z|), with the slope 1 at 0 that the formula with signs hides from autograd."""
+    """``log s(z) = sign(z) log(1 + |z|)``, with the slope 1 at 0 that the formula with signs hides from autograd."""
     upper = z >= 0
     return torch.where(upper, torch.log1p(torch.where(upper, z, 0.0)), -torch.log1p(-torch.where(upper, 0.0, z)))
 
@@ -43,7 +43,7 @@ def cross_entropy(z_TV: Tensor, y_T: Tensor, ignore_index: int) -> Tensor:
 
 
 def cross_entropy_backward(grad_T: Tensor, z_TV: Tensor, y_T: Tensor) -> Tensor:
-    """Closed-form gradient (p - onehot) / (1 + |z|) of `cross_entropy` where no token is absent.
+    """Closed-form gradient ``(p - onehot) / (1 + |z|)`` of `cross_entropy` where no token is absent.
 
     Source: prieto2025grokking, eq:stablemax-gradient.
     """
