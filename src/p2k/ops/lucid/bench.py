@@ -1,8 +1,8 @@
 """Sizes at which the preconditioned values are measured: the blocked solve beside a dense triangular solve.
 
-Bytes are those of the blocked form: keys and values once, the result once; backward twice that. Each couplings tile is a
-product over the key width, and meets the values in a product over their width: half of n x n, once forward, four times
-backward (the transposed solve, and rows and columns of the key gradient, with two products of the values there).
+Bytes are those of the blocked form: keys and values once, the result once; backward twice that. Each couplings tile is
+a product over the key width, and meets the values in a product over their width: half of n x n, once forward, four
+times backward (the transposed solve, and rows and columns of the key gradient, with two products of the values there).
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The solve by blocks of rows in torch: memory grows with n, not with n squared, forward and backward.
 
 Letters as in `reference`, with u = kbar / sqrt(D) of norm 1: T_ij = exp(strength (u_i u_j - 1)) for j < i, where
-strength = scale D. Block b needs w of the blocks before it, so w_b = T_bb^-1 (v_b - sum_c<b T_bc w_c); the backward pass
-is the same with T transposed, from the last block to the first. Chapter: lucid
+strength = scale D. Block b needs w of the blocks before it, so w_b = T_bb^-1 (v_b - sum_c<b T_bc w_c); the backward
+pass is the same with T transposed, from the last block to the first. Chapter: lucid
 """
 
 import torch

@@ -1,9 +1,10 @@
 """Triton programs of the preconditioned values, and the functions that launch them.
 
 T w = v with T_ij = exp(strength (u_i u_j - 1)) below a unit diagonal is solved block after block, T recomputed and
-never stored. Three programs: the inverses of the diagonal blocks, all at once, which takes their row-by-row recursion out
-of the sequential chain; the substitution, one program per matrix and tile of value columns, forward with T and backward
-with its transpose; and the gradient of the keys, one program per block of rows. No atomics: two runs agree bit for bit.
+never stored. Three programs: the inverses of the diagonal blocks, all at once, which takes their row-by-row recursion
+out of the sequential chain; the substitution, one program per matrix and tile of value columns, forward with T and
+backward with its transpose; and the gradient of the keys, one program per block of rows. No atomics: two runs agree
+bit for bit.
 
 The inverse is found by substitution and not by the shorter product (I - N)(I + N^2)(I + N^4)...: powers of a strictly
 lower triangle of ones hold binomial coefficients, and float32 has no digit left after 64 rows of similar keys.
@@ -19,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Rows of a block, and (tile of value columns, warps) of the substitution by padded key width.
-BLOCK = 64
-SUBSTITUTE = {64: (32, 4), 128: (32, 8)}
+# Rows of a block, tiles of features and of value columns, and warps of the inverse and the substitution.
+SUBSTITUTE = (64, 32, 32, 4)
 # Rows of a block and warps of the gradient of the keys, by the wider of the two padded widths.
 GRADIENT = {64: (32, 4), 128: (16, 4)}
 
@@ -45,9 +45,23 @@ def _dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _couplings(rows, columns, strength, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(strength (u_i u_j - 1)) of two tiles of unit keys."""
-    return tl.exp2((_dot(rows, tl.trans(columns), ACC, PRECISION) - 1.0) * strength * LOG2E)
+def _couplings(cosine, strength):
+    """exp(strength (u_i u_j - 1)) from the products of unit keys."""
+    return tl.exp2((cosine - 1.0) * strength * LOG2E)
+
+
+@triton.jit
+def _block(
+    u_ptr, rows, columns, size, width, strength,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Couplings of two blocks of keys. Features pass in parts: whole keys of a wide head would spill registers."""
+    cosine = tl.zeros([BLOCK, BLOCK], ACC)
+    for start in range(0, width, BLOCK_D):
+        features = start + tl.arange(0, BLOCK_D)
+        left = _tile(u_ptr, rows, features, size, width)
+        cosine += _dot(left, tl.trans(_tile(u_ptr, columns, features, size, width)), ACC, PRECISION)
+    return _couplings(cosine, strength)
 
 
 @triton.jit
@@ -66,8 +80,8 @@ def inverse_program(
     block, plane = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.arange(0, BLOCK)
     rows = block * BLOCK + place
-    u = _tile(u_ptr + plane * size * width, rows, tl.arange(0, BLOCK_D), size, width)
-    n = _couplings(u, u, strength, ACC, PRECISION)
+    u_ptr += plane * size * width
+    n = _block(u_ptr, rows, rows, size, width, strength, ACC, PRECISION, BLOCK, BLOCK_D)
     if live_ptr is not None:
         n *= _live(live_ptr + plane * size, rows, size, ACC)[None, :]
     n = tl.where((place[:, None] > place[None, :]) & (rows < size)[:, None], n, 0.0)
@@ -90,7 +104,7 @@ def substitute_program(
     """Solve T x = b, or T' x = b, for one matrix and one tile of columns of b."""
     tiles = tl.cdiv(value_width, BLOCK_V)
     tile, plane = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
-    features, values = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    values = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     place, blocks = tl.arange(0, BLOCK), tl.cdiv(size, BLOCK)
     u_ptr += plane * size * width
     b_ptr += plane * size * value_width
@@ -103,14 +117,13 @@ def substitute_program(
         if TRANSPOSED:
             block = blocks - 1 - step
         rows = block * BLOCK + place
-        u = _tile(u_ptr, rows, features, size, width)
         total = tl.zeros([BLOCK, BLOCK_V], ACC)
         for earlier in range(step):
             other = earlier
             if TRANSPOSED:
                 other = blocks - 1 - earlier
             columns = other * BLOCK + place
-            n = _couplings(u, _tile(u_ptr, columns, features, size, width), strength, ACC, PRECISION)
+            n = _block(u_ptr, rows, columns, size, width, strength, ACC, PRECISION, BLOCK, BLOCK_D)
             if live_ptr is not None:
                 if TRANSPOSED:
                     n *= _live(live_ptr, rows, size, ACC)[:, None]
@@ -147,7 +160,7 @@ def key_gradient_program(
     for other in range(block + 1):
         columns = other * BLOCK + place
         u_other = _tile(u_ptr, columns, features, size, width)
-        a = _couplings(u, u_other, strength, ACC, PRECISION)
+        a = _couplings(_dot(u, tl.trans(u_other), ACC, PRECISION), strength)
         a *= _dot(y, tl.trans(_tile(w_ptr, columns, values, size, value_width)), ACC, PRECISION)
         if live_ptr is not None:
             a *= _live(live_ptr, columns, size, ACC)[None, :]
@@ -157,7 +170,7 @@ def key_gradient_program(
     for other in range(block, blocks):
         columns = other * BLOCK + place
         u_other = _tile(u_ptr, columns, features, size, width)
-        a = _couplings(u, u_other, strength, ACC, PRECISION)
+        a = _couplings(_dot(u, tl.trans(u_other), ACC, PRECISION), strength)
         a *= _dot(w, tl.trans(_tile(y_ptr, columns, values, size, value_width)), ACC, PRECISION)
         if live_ptr is not None:
             a *= _live(live_ptr, rows, size, ACC)[:, None]
@@ -166,15 +179,23 @@ def key_gradient_program(
     _write(du_ptr + plane * size * width, rows, features, size, width, -strength * du)
 
 
+def inverse_shape(u: Tensor) -> tuple[int, int, int]:
+    """Shape of the inverse diagonal blocks of all matrices, those of one matrix behind each other."""
+    block = SUBSTITUTE[0]
+    return u.shape[0] * u.shape[1] * triton.cdiv(u.shape[2], block), block, block
+
+
 def forward(u: Tensor, v: Tensor, live: Tensor | None, strength: float) -> tuple[Tensor, Tensor]:
     """Launch the forward programs: w ``[B, G, n, V]``, and the inverse diagonal blocks for the backward pass."""
-    u, v = u.contiguous(), v.contiguous()
-    size, planes = v.shape[-2], u.shape[0] * u.shape[1]
-    inverse = u.new_empty(planes * triton.cdiv(size, BLOCK), BLOCK, BLOCK)
+    u, v, live = u.contiguous(), v.contiguous(), _flat(live, u)
+    inverse = u.new_empty(inverse_shape(u))
     if inverse.numel():
-        live = _flat(live, u)
+        block, features, _, warps = SUBSTITUTE
         with torch.cuda.device_of(u):
-            inverse_program[(inverse.shape[0],)](u, live, inverse, size, u.shape[-1], strength, **_shape(u), num_warps=4)
+            inverse_program[(inverse.shape[0],)](
+                u, live, inverse, u.shape[2], u.shape[3], strength,
+                **_arithmetic(u), BLOCK=block, BLOCK_D=features, num_warps=warps, num_stages=1,
+            )  # fmt: skip
     return _substitute(u, v, live, inverse, strength, transposed=False), inverse
 
 
@@ -186,13 +207,13 @@ def backward(
     y = _substitute(u, grad, live, inverse, strength, transposed=True)
     du = u.new_empty(u.shape) if need_keys else None
     if need_keys and u.numel():
-        width, value_width = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (u, w))
-        block, warps = GRADIENT[max(64, width, value_width)]
-        grid = (u.shape[0] * u.shape[1] * triton.cdiv(u.shape[-2], block),)
+        block, warps = GRADIENT[max(64, _padded(u), _padded(w))]
+        grid = (u.shape[0] * u.shape[1] * triton.cdiv(u.shape[2], block),)
         with torch.cuda.device_of(u):
             key_gradient_program[grid](
-                u, live, w, y, du, u.shape[-2], u.shape[-1], w.shape[-1], strength,
-                **_shape(u) | {"BLOCK": block}, BLOCK_V=value_width, num_warps=warps, num_stages=1,
+                u, live, w, y, du, u.shape[2], u.shape[3], w.shape[3], strength,
+                **_arithmetic(u), BLOCK=block, BLOCK_D=_padded(u), BLOCK_V=_padded(w),
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
     return du, y
 
@@ -202,22 +223,25 @@ def _substitute(
 ) -> Tensor:
     x = b.new_empty(b.shape)
     if x.numel():
-        shape = _shape(u)
-        block_v, warps = SUBSTITUTE[max(64, shape["BLOCK_D"])]
-        tiles = triton.cdiv(b.shape[-1], block_v)
+        block, features, block_v, warps = SUBSTITUTE
+        grid = (u.shape[0] * u.shape[1] * triton.cdiv(b.shape[3], block_v),)
         with torch.cuda.device_of(u):
-            substitute_program[(u.shape[0] * u.shape[1] * tiles,)](
-                u, live, inverse, b, x, b.shape[-2], u.shape[-1], b.shape[-1], strength,
-                TRANSPOSED=transposed, **shape, BLOCK_V=block_v, num_warps=warps, num_stages=1,
+            substitute_program[grid](
+                u, live, inverse, b, x, u.shape[2], u.shape[3], b.shape[3], strength,
+                transposed, **_arithmetic(u), BLOCK=block, BLOCK_D=features, BLOCK_V=block_v,
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
     return x
 
 
-def _shape(u: Tensor) -> dict:
-    """Compile-time sizes that all programs share. Float64 runs in the interpreter only."""
-    accumulate = tl.float64 if u.dtype == torch.float64 else tl.float32
-    width = max(16, triton.next_power_of_2(u.shape[-1]))
-    return {"ACC": accumulate, "PRECISION": "tf32x3", "BLOCK": BLOCK, "BLOCK_D": width}
+def _arithmetic(u: Tensor) -> dict:
+    """How products are formed. Float64 runs in the interpreter only."""
+    return {"ACC": tl.float64 if u.dtype == torch.float64 else tl.float32, "PRECISION": "tf32x3"}
+
+
+def _padded(x: Tensor) -> int:
+    """The width of a tile that holds the last dimension: a power of two that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(x.shape[-1]))
 
 
 def _flat(live: Tensor | None, u: Tensor) -> Tensor | None:

@@ -18,10 +18,12 @@ from p2k.core.seeding import generator
 from p2k.core.tolerance import relative_errors, tolerance
 
 # Blocks so small that a few dozen keys bring chains of blocks and a tail.
-SMALL = {"BLOCK": 16, "SUBSTITUTE": {64: (16, 4)}, "GRADIENT": {64: (16, 4)}}
+SMALL = {"SUBSTITUTE": (16, 16, 16, 4), "GRADIENT": {64: (16, 4)}}
 
 MUTANTS = [
-    Mutant("ACC, PRECISION) - 1.0) * strength", "ACC, PRECISION)) * strength", "the diagonal of T is not 1"),
+    Mutant("(cosine - 1.0) * strength", "cosine * strength", "the diagonal of T is not 1"),
+    Mutant("start + tl.arange(0, BLOCK_D)", "tl.arange(0, BLOCK_D)", "every part of the features is the first"),
+    Mutant("cosine += _dot", "cosine = _dot", "the last part of the features overwrites the others"),
     Mutant("* strength * LOG2E)", "* strength)", "powers of two instead of e"),
     Mutant("place[:, None] > place[None, :]", "place[:, None] >= place[None, :]",
            "inverse: the diagonal is subtracted a second time"),
@@ -53,7 +55,8 @@ MUTANTS = [
     Mutant("tile * BLOCK_V + tl.arange(0, BLOCK_V)", "tl.arange(0, BLOCK_V)", "every tile computes the first columns"),
     Mutant("range(block + 1)", "range(block)", "du: the diagonal block as rows is left out"),
     Mutant("range(block, blocks)", "range(block + 1, blocks)", "du: the diagonal block as columns is left out"),
-    Mutant("rows[:, None] < columns[None, :]", "rows[:, None] <= columns[None, :]", "du: the diagonal of T gets a gradient"),
+    Mutant("rows[:, None] < columns[None, :]", "rows[:, None] <= columns[None, :]",
+           "du: the diagonal of T gets a gradient"),
     Mutant("a *= _live(live_ptr, rows, size, ACC)[:, None]", "a *= _live(live_ptr, columns, size, ACC)[None, :]",
            "du: as a column, the mask of the rows is used"),
     Mutant("-strength * du", "-du", "du: the strength is lost"),
@@ -80,7 +83,7 @@ def _case(kernel: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source, device=device)
 
-    u = torch.nn.functional.normalize(random(2, 1, 37, 5) + 1.5, dim=-1)
+    u = torch.nn.functional.normalize(random(2, 1, 37, 18) + 1.5, dim=-1)
     v, grad, live = random(2, 1, 37, 18), random(2, 1, 37, 18), torch.ones(2, 1, 37, device=device)
     live[1] = (random(1, 37) > -0.3).float()
     wide, values = u.double().requires_grad_(), v.double().requires_grad_()

@@ -13,7 +13,7 @@ from p2k.core.attention import visible_pairs
 
 
 def preconditioner(k_BGSD: Tensor, live_BGS: Tensor | None, scale: float) -> Tensor:
-    """T = I + strictly lower part of exp(scale (kbar kbar' - D)); the column of a key that is not live is a unit vector.
+    """T = I + strictly lower part of exp(scale (kbar kbar' - D)); a key that is not live has a unit vector for column.
 
     Source: duvvuri2026lucid, eq:lucid-preconditioner.  Chapter: lucid
     """

@@ -1,7 +1,7 @@
 """The solve as torch ops: opaque and traceable under torch.compile, thin autograd functions in eager mode.
 
-Both forms are behind the same op, `fused` says which: the loop over blocks in torch would otherwise be unrolled into the
-graph, once per length. The kernel module, and with it Triton, is imported by the first call that needs it.
+Both forms are behind the same op, `fused` says which: the loop over blocks in torch would otherwise be unrolled into
+the graph, once per length. The kernel module, and with it Triton, is imported by the first call that needs it.
 
 Chapter: lucid
 """
@@ -25,11 +25,11 @@ def forward_op(u: Tensor, v: Tensor, live: Tensor | None, strength: float, fused
 
 @forward_op.register_fake
 def _(u, v, live, strength, fused):
-    block = blocked.BLOCK
-    inverse = u.new_empty(0)
-    if fused:
-        inverse = u.new_empty(u.shape[0] * u.shape[1] * ((v.shape[-2] + block - 1) // block), block, block)
-    return v.new_empty(v.shape), inverse
+    if not fused:
+        return v.new_empty(v.shape), u.new_empty(0)
+    from p2k.ops.lucid import kernel
+
+    return v.new_empty(v.shape), u.new_empty(kernel.inverse_shape(u))
 
 
 @torch.library.custom_op("p2k::lucid_backward", mutates_args=())
