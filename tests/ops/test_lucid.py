@@ -57,6 +57,15 @@ def test_the_preconditioner_is_unit_lower_triangular_with_entries_up_to_one():
     assert ((below > 0) & (below <= 1)).all()
 
 
+@pytest.mark.parametrize("common", [0.0, 1.0, 3.0, 100.0])
+def test_the_inverse_has_norm_at_most_two_for_any_keys(common):
+    """T + T' - I is a matrix of inner products: its symmetric part is at least one half."""
+    k = random(6, 1, 60, 4) * random(6, 1, 60, 1, seed=1) + common
+    singular = torch.linalg.svdvals(reference.preconditioner(k, None, 0.5))
+    assert (singular[..., -1] >= 0.5 - FLOAT64).all()
+    assert (singular[..., 0] <= (60 * 61 / 2) ** 0.5).all()
+
+
 def test_recurrence_and_delta_rule():
     k, v = random(1, 1, 20, 8), random(1, 1, 20, 3, seed=1)
     w = precondition_values(k, v)[0, 0]
