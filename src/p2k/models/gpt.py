@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from p2k.ops.lucid import lucid_attention
+
 # (query [B,H,T,D], key [B,H,S,D], value [B,H,S,D], visible [.,1,T,S] or None = every key) -> [B,H,T,D]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # A builder may return a module: its parameters then belong to the block.
@@ -31,6 +33,11 @@ def register_attention(name: str) -> Callable[[Callable[[int, int], Attention]],
 @register_attention("sdpa")
 def _build_sdpa(heads: int, head_dim: int) -> Attention:
     return lambda query, key, value, visible: F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+
+
+@register_attention("lucid")
+def _build_lucid(heads: int, head_dim: int) -> Attention:
+    return lucid_attention
 
 
 @dataclass(frozen=True)

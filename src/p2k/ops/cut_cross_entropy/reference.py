@@ -61,8 +61,8 @@ def backward(  # noqa: PLR0913 - the ops' own arguments
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of (h, W, b) and the tiles that were kept, ``[tiles of T, tiles of V]``.
 
-    `grads` is ``[2, T]``: of the loss and of log-sum-exp. A tile is skipped where ``|d| < epsilon`` and S < epsilon in all
-    of it, before any upstream gradient is multiplied in.
+    `grads` is ``[2, T]``: of the loss and of log-sum-exp. A tile is skipped where ``|d| < epsilon`` and S < epsilon in
+    all of it, before any upstream gradient is multiplied in.
     """
     order = vocabulary_order(h_TD, W_VD, b_V, y_T != ABSENT) if sort else torch.arange(len(W_VD), device=W_VD.device)
     h, W, b = (None if x is None else _wide(x) for x in (h_TD, W_VD, b_V))
