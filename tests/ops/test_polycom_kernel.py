@@ -153,10 +153,10 @@ def test_half_precision_at_fifty(name):
     assert (x**3).isinf().any()
 
 
-@pytest.mark.parametrize("size", [1e3, 2.7e3, 1e6, 1e20, 3e38])
+@pytest.mark.parametrize("size", [1e3, 2.7e6, 1e20, 3e38])
 @pytest.mark.parametrize("width", [13, 35])
 def test_rows_of_huge_values(size, width, small_tiles):
-    """Sixth powers leave float32 at 2.6e3, and squares at 2e19; PolyNorm does not depend on the size at all."""
+    """Sixth powers leave float32 at 2.6e6, and squares at 2e19; PolyNorm does not depend on the size at all."""
     x, weight, bias = inputs(9, width)
     x = x / x.abs().max() * size
     x[:3] = x[:3] / size  # rows of ordinary size among them
