@@ -83,14 +83,13 @@ def held_out_windows(
 def whole_model(config: TextConfig, vocab_size: int, arm: str, hidden: int) -> GPT:
     """One model of an arm.
 
-    The feed-forward maps start with variance one over their inputs: pre-activations then have unit size, as they have
-    in a model of width 2,500 whose weights start at 0.02. At 0.02 and this width they would be 0.1.
+    The first map of each feed-forward starts with variance one over its inputs: pre-activations then have unit size, as
+    they have in a model of width 2,500 whose weights start at 0.02. At 0.02 and this width they would be 0.1.
     """
     sizes = {"dim": config.dim, "depth": config.depth, "heads": config.heads, "context": config.context}
     model = GPT(GPTConfig(vocab_size, **sizes), lambda dim: build_feed_forward(arm, dim, hidden))
     for block in model.blocks:
-        for part in (block.feed_forward.up, block.feed_forward.down):
-            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+        nn.init.normal_(block.feed_forward.up.weight, std=config.dim**-0.5)
     return model
 
 
