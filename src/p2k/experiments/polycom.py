@@ -141,8 +141,8 @@ def train_text(
         raise ValueError(
             f"train_text: needs one seed and one rate per model, got {len(models)}, {len(seeds)} and {len(rates)}"
         )
-    template = models[0].to(device).train()
-    parameters, _ = stack_module_state([model.to(device) for model in models])
+    template = models[0]
+    parameters, _ = stack_module_state([model.to(device).train() for model in models])
     decayed = decayed_names(template)
     groups = [[p for name, p in parameters.items() if (name in decayed) == side] for side in (True, False)]
     optimizer = torch.optim.AdamW(
