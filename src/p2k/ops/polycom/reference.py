@@ -28,9 +28,9 @@ def _wide(tensor: Tensor) -> Tensor:
 def exponent(x_TM: Tensor) -> Tensor:
     """The power of two that brings a row below 2 in size, ``[T, 1]``; 1 for a row that is there already.
 
-    Sixth powers leave float32 at ``|x| = 2.6e6``. Since x^i / RMS(x^i) does not change when x and eps^(1 / 2i) are divided
-    by the same number, dividing first is the same function; a power of two makes it the same to the last bit. It is
-    a constant to autograd for the same reason.
+    Sixth powers leave float32 at ``|x| = 2.6e6``. Since x^i / RMS(x^i) does not change when x and eps^(1 / 2i) are
+    divided by the same number, dividing first is the same function; a power of two makes it the same to the last bit.
+    It is a constant to autograd for the same reason.
     """
     largest = x_TM.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
     return torch.exp2(-torch.log2(largest).floor().clamp_max(LARGEST_EXPONENT))
