@@ -35,6 +35,34 @@ ARMS = {
 VALUES = 8
 
 
+def needle_mass(
+    arm: str, length: int, *, cosine: float = 0.8, width: int = 64, samples: int = 32, seed: int = 0
+) -> Float[Tensor, " samples"]:
+    """Weight of one key with the given cosine to the query, among random directions; no training.
+
+    Vectors have length ``sqrt(width)``, as after a normalisation, so that plain softmax scores are ``sqrt(width)``
+    times the cosine.
+
+    Args:
+        arm: one of `ARMS`.
+        length: keys that the query sees.
+        cosine: of the needle, between -1 and 1.
+        width: of the head.
+        samples: independent rows.
+        seed: of the directions.
+    """
+    source = generator(seed)
+    query, other = torch.randn(2, samples, 1, width, generator=source, dtype=torch.float64)
+    keys = torch.randn(samples, length, width, generator=source, dtype=torch.float64)
+    query = F.normalize(query, dim=-1)
+    across = F.normalize(other - (other * query).sum(-1, keepdim=True) * query, dim=-1)
+    keys[:, :1] = cosine * query + math.sqrt(1 - cosine**2) * across
+    query, keys = (math.sqrt(width) * F.normalize(x, dim=-1)[:, None] for x in (query, keys))
+    value = torch.zeros(samples, 1, length, 1, dtype=torch.float64)
+    value[:, :, 0] = 1
+    return ATTENTIONS[ARMS[arm]](1, width)(query, keys, value, None).flatten()
+
+
 @dataclass(frozen=True)
 class RecallConfig:
     """Task, model and training.
@@ -86,9 +114,9 @@ class RecallResult:
     accuracy: dict[int, tuple[float, ...]]
     loss: dict[int, tuple[float, ...]]
 
-    def minus(self, other: "RecallResult", length: int) -> PairedDifference:
-        """Difference of accuracies in points at one length, paired by seed."""
-        return paired_difference(self.accuracy[length], other.accuracy[length])
+    def minus(self, other: "RecallResult", length: int, *, metric: str = "accuracy") -> PairedDifference:
+        """Difference of accuracies in points, or of losses in nats, at one length, paired by seed."""
+        return paired_difference(getattr(self, metric)[length], getattr(other, metric)[length])
 
 
 def recall_batch(
@@ -165,6 +193,11 @@ class _Stack:
         if not bool(loss.isfinite().all()):
             raise P2KError(f"recall: the loss of seeds {list(seeds)} stopped being finite: lower the rates")
 
+    def swap(self, attention: str) -> None:
+        """Give the trained layer another attention; none of ours has parameters."""
+        heads, dim = self.config.heads, self.config.dim
+        self.template.blocks[0].attend = ATTENTIONS[attention](heads, dim // heads)
+
     @torch.no_grad()
     def test(self, seeds: Sequence[int], *, count: int, length: int) -> tuple[list[float], list[float]]:
         """(losses, accuracies in percent) of all replicas on sequences that no training seed draws."""
@@ -182,9 +215,12 @@ def recall(
     tuning_seeds: Sequence[int],
     lengths: Sequence[int],
     tests: int,
+    swaps: Sequence[str] = (),
     device: torch.device | str = "cpu",
-) -> RecallResult:
+) -> list[RecallResult]:
     """Choose the arm's learning rate at the training length, train it with each seed, and test it at all lengths.
+
+    One result for the arm, and one per swap: the same trained weights under another attention, without more training.
 
     Args:
         arm: one of `ARMS`.
@@ -193,13 +229,14 @@ def recall(
         tuning_seeds: those that choose the rate, disjoint from `seeds`.
         lengths: tokens of the test sequences, at most ``config.longest``.
         tests: test sequences per seed and length.
+        swaps: arms whose attention the trained weights are tested with as well.
         device: where to train.
 
     Raises:
         ValueError: an unknown arm, or overlapping seeds.
         P2KError: a loss is not finite.
     """
-    if arm not in ARMS or ARMS[arm] not in ATTENTIONS or set(seeds) & set(tuning_seeds):
+    if not {arm, *swaps} <= set(ARMS) or set(seeds) & set(tuning_seeds):
         raise ValueError(f"recall: arm must be one of {list(ARMS)} and the seeds disjoint, got {arm!r}, {seeds}")
     device, rate = torch.device(device), config.rates[0]
     if len(config.rates) > 1:
@@ -212,6 +249,10 @@ def recall(
         rate = min(scores, key=scores.get)
     stack = _Stack(config, ARMS[arm], seeds, device)
     stack.train(seeds, [rate] * len(seeds))
-    found = {length: stack.test(seeds, count=tests, length=length) for length in lengths}
-    loss, accuracy = ({n: tuple(pair[i]) for n, pair in found.items()} for i in (0, 1))
-    return RecallResult(arm, rate, accuracy, loss)
+    results = []
+    for tested in (arm, *swaps):
+        stack.swap(ARMS[tested])
+        found = {length: stack.test(seeds, count=tests, length=length) for length in lengths}
+        loss, accuracy = ({n: tuple(pair[i]) for n, pair in found.items()} for i in (0, 1))
+        results.append(RecallResult(arm if tested == arm else f"{arm}, tested as {tested}", rate, accuracy, loss))
+    return results

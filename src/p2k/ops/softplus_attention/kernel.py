@@ -7,8 +7,8 @@ powers of that excess. Backward: one program per tile of queries for dq, which u
 gradient against its weights, and one per tile of keys for dk and dv. Both recompute the scores; no atomics, so two
 runs agree bit for bit. A key head serves `group` query heads.
 
-Queries and keys enter products as they are stored; inverse lengths, in the accumulation type, multiply the products.
-A pointer that is None switches its branch off at compile time. Only offsets inside a tile are 32 bit.
+Queries and keys enter products as they are stored; their inverse lengths multiply the products. A pointer that is None
+switches its branch off at compile time. Only offsets inside a tile are 32 bit.
 
 Source: gao2025softplus, eq:softplus-attention-streaming, eq:softplus-attention-backward.  Chapter: softplus-attention
 """
@@ -96,8 +96,7 @@ def _scored(
     k = _tile(k_ptr, columns, k_row, keys, width, BLOCK_D)
     inverse = tl.load(k_inverse_ptr + columns, columns < keys, 0.0)
     seen = _visible(mask_ptr, rows[:, None], columns[None, :], queries, keys, mask_row, mask_column, CAUSAL)
-    s = _dot(q, tl.trans(k), ACC, PRECISION, UPCAST) * factor[:, None] * inverse[None, :]
-    a, rise = _softplus(s, seen)
+    a, rise = _softplus(_dot(q, tl.trans(k), ACC, PRECISION, UPCAST) * factor[:, None] * inverse[None, :], seen)
     return k, inverse, a, rise
 
 
@@ -343,8 +342,7 @@ def forward(
     top, mass = (q.new_empty((0,) if power is None else q.shape[:-1], dtype=wide) for _ in range(2))
     if out.numel():
         q, k, v = layout.unit_stride(q), layout.unit_stride(k), layout.unit_stride(v)
-        shape = _shape("forward", power, q, v)
-        fixed = {"NARROW": q.dtype == torch.float16, "FLAT": FLAT_ROUNDING * torch.finfo(wide).eps}
+        shape, flat = _shape("forward", power, q, v), FLAT_ROUNDING * torch.finfo(wide).eps
         options = {name: shape[name] for name in ("ACC", "BLOCK_Q", "BLOCK_D", "num_warps")}
         with torch.cuda.device_of(q):
             for x, inverse in ((q, q_inverse), (k, k_inverse)):
@@ -354,7 +352,7 @@ def forward(
             forward_program[(layout.programs(q, shape["BLOCK_Q"]),)](
                 q, k, v, mask, layout.visible_counts(q, k, mask), q_inverse, k_inverse, out, total,
                 *((None, None) if power is None else (top, mass)), *layout.numbers(q, k, v, mask=mask),
-                scale, power or 0.0, CAUSAL=is_causal, **fixed, **shape,
+                scale, power or 0.0, CAUSAL=is_causal, NARROW=q.dtype == torch.float16, FLAT=flat, **shape,
             )  # fmt: skip
     return out, q_inverse, k_inverse, total, top, mass
 
@@ -394,10 +392,8 @@ def _shape(program: str, power: float | None, q: Tensor, v: Tensor) -> dict:
     """The compile-time sizes and launch options of a program."""
     width, value_width = (max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v))
     # Float64 runs in the interpreter only, where any entry will do.
-    size = min(q.element_size(), 4)
-    block_q, block_k, warps, stages = layout.LAUNCH[program if power is None else f"sharp {program}"][
-        size, max(64, width, value_width)
-    ]
+    size, sharp = min(q.element_size(), 4), "" if power is None else "sharp "
+    block_q, block_k, warps, stages = layout.LAUNCH[sharp + program][size, max(64, width, value_width)]
     accumulate = tl.float64 if q.dtype == torch.float64 else tl.float32
     options = {"ACC": accumulate, "PRECISION": "tf32x3", "UPCAST": interpreting()}
     options |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": width, "BLOCK_V": value_width}
