@@ -176,7 +176,6 @@ def forward_program(
             total += tl.sum(a, 1)
             top = tl.maximum(top, tl.max(a, 1))
         total = tl.where(total == 0, 1.0, total)
-        # The excess grows with the weight, so its maximum needs no walk of its own.
         top = count * (top / total) - tl.where(count > 3, 1.0, 0.0)
         top = tl.where(top <= FLAT, 0.0, top)
     for start in range(0, stop, BLOCK_K):
