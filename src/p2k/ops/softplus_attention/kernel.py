@@ -207,10 +207,9 @@ def forward_program(
 @triton.jit
 def query_gradient_program(
     q_ptr, k_ptr, v_ptr, mask_ptr, count_ptr, q_inverse_ptr, k_inverse_ptr, grad_ptr, total_ptr, top_ptr, mass_ptr,
-    delta_ptr, own_ptr, out_ptr, dq_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
-    mask_batch, mask_head, mask_row, mask_column, heads, group, queries, keys, width, value_width, scale, power,
-    CAUSAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    delta_ptr, own_ptr, out_ptr, dq_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, heads, group, queries, keys, width,
+    value_width, scale, power, CAUSAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries, and what each row's weights share: rowsum(dO * O), and `own` under re-weighting."""
@@ -263,7 +262,6 @@ def query_gradient_program(
             d_s = (slope - own[:, None]) / total * rise
             direction = (k.to(ACC) * inverse[:, None]).to(k.dtype)
             acc += _dot(d_s.to(k.dtype), direction, ACC, PRECISION, UPCAST)
-        # A unit vector passes on only what lies across it.
         along = q.to(ACC) * q_inverse[:, None]
         acc = (acc - along * tl.sum(along * acc, 1)[:, None]) * factor[:, None]
         _write(dq_ptr + plane * queries * width, rows, queries, width, acc, BLOCK_D)
