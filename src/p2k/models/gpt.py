@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from p2k.ops.lucid import lucid_attention
+from p2k.ops.softplus_attention import log_length_attention, reweighted_softplus_attention, softplus_attention
 
 # (query [B,H,T,D], key [B,H,S,D], value [B,H,S,D], visible [.,1,T,S] or None = every key) -> [B,H,T,D]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -38,6 +40,13 @@ def _build_sdpa(heads: int, head_dim: int) -> Attention:
 @register_attention("lucid")
 def _build_lucid(heads: int, head_dim: int) -> Attention:
     return lucid_attention
+
+
+# These take torch's arguments, and count the keys a query sees from `visible`.
+register_attention("log-length")(lambda heads, head_dim: log_length_attention)
+register_attention("softplus")(lambda heads, head_dim: softplus_attention)
+register_attention("reweighted-softplus")(lambda heads, head_dim: reweighted_softplus_attention)
+register_attention("reweighted-softplus-3")(lambda heads, head_dim: partial(reweighted_softplus_attention, power=3.0))
 
 
 @dataclass(frozen=True)
