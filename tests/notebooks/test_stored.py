@@ -57,7 +57,7 @@ def test_stored_outputs_come_out_again(slug, tmp_path):
     # The runner stores nothing of stderr, and nbval takes a progress bar there for a new output.
     startup = tmp_path / "ipython" / "profile_default" / "startup" / "50-quiet.py"
     startup.write_text("import os, sys\nsys.stderr = open(os.devnull, 'w')\n")
-    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider", "-q"]
+    options = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=280", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *options, str(ROOT / "notebooks" / f"{slug}.ipynb")]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
