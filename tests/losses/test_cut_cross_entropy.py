@@ -130,6 +130,17 @@ def test_auto_is_the_paper_s_threshold():
     assert all(map(torch.equal, found, same))
 
 
+def test_auto_under_autocast_is_the_threshold_of_the_operands():
+    inputs, target = batch(tokens=70, vocab=200, dim=16, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, same, low = (
+            torch.autograd.grad(linear_cross_entropy(*inputs[:2], target, filter_eps=eps), inputs[:2])
+            for eps in ("auto", 2.0**-12, 2.0**-28)
+        )
+    assert all(map(torch.equal, found, same))
+    assert not torch.equal(found[1], low[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
