@@ -98,7 +98,7 @@ def test_arguments_out_of_range(backend):
 
 @pytest.mark.parametrize("lanes", [8, 32])
 def test_the_number_of_native_lanes_changes_rounding_only(lanes, tmp_path, monkeypatch):
-    x = torch.randn(2, 1000) * 10
+    x = torch.randn(20, 1000)
     usual = two_pass_softmax(x, backend="native")
     edited = tmp_path / "native.cpp"
     edited.write_text(native.SOURCE.read_text().replace("LANES = 64", f"LANES = {lanes}"))
