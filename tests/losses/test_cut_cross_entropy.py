@@ -130,6 +130,20 @@ def test_auto_is_the_paper_s_threshold():
     assert all(map(torch.equal, found, same))
 
 
+def test_auto_under_autocast_is_the_threshold_of_the_operands():
+    # Every entry of the gradient lies between the two thresholds.
+    target = torch.arange(70)
+    inputs = [torch.eye(128)[:70].requires_grad_(), (15 * torch.eye(128)).requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, same, low = (
+            torch.autograd.grad(linear_cross_entropy(*inputs[:2], target, filter_eps=eps), inputs[:2])
+            for eps in ("auto", 2.0**-12, 2.0**-28)
+        )
+    assert all(map(torch.equal, found, same))
+    assert not found[1].any()
+    assert low[1].any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -65,6 +65,52 @@ def test_special_values_match_torch(backend):
     assert torch.allclose(two_pass_softmax(x, backend=backend), torch.softmax(x, -1), equal_nan=True)
 
 
+@pytest.mark.parametrize("columns", [64, 200])
+def test_special_values_inside_the_native_lanes(columns):
+    inf, nan = math.inf, math.nan
+    x = torch.randn(6, columns)
+    x[0, 3], x[1, 5], x[2, -1] = nan, inf, nan
+    x[3, :64], x[4], x[5, ::2] = -inf, -inf, -inf
+    for name in native.PROGRAMS if columns > 64 else ("two_pass",):
+        y, truth = native.program(name)(x), torch.softmax(x, -1)
+        if name == "two_pass":
+            assert torch.equal(y.isnan(), truth.isnan())
+        finite = [5] if columns == 64 else [3, 5]
+        assert torch.allclose(y[finite], truth[finite], atol=tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [-1000.0, 0.0])
+def test_long_rows_element_by_element(backend, low):
+    """65,536 columns, uniform up to 1000 in size, and every visible probability judged against itself."""
+    x = torch.rand(1, 65536) * (1000.0 - low) + low
+    assert worst_relative_error(two_pass_softmax(x, backend=backend), x) < tolerance(torch.float32) / 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_out_of_range(backend):
+    """As the docstring says: below -1e9 an argument is -inf, also where torch would find a row of equals."""
+    x = torch.tensor([[0.0, torch.finfo(torch.float32).min], [-2e9, -2e9]])
+    y = two_pass_softmax(x, backend=backend)
+    assert torch.equal(y[0], torch.tensor([1.0, 0.0]))
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("lanes", [8, 32])
+def test_the_number_of_native_lanes_changes_rounding_only(lanes, tmp_path, monkeypatch):
+    x = torch.randn(20, 1000)
+    usual = two_pass_softmax(x, backend="native")
+    edited = tmp_path / "native.cpp"
+    edited.write_text(native.SOURCE.read_text().replace("LANES = 64", f"LANES = {lanes}"))
+    monkeypatch.setattr(native, "SOURCE", edited)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    native._library.cache_clear()
+    other = two_pass_softmax(x, backend="native")
+    native._library.cache_clear()
+    assert not torch.equal(other, usual)
+    assert ((other - usual).abs() / usual).max() <= tolerance(torch.float32)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 7), (7,), (2, 3, 4)])
 def test_shapes(backend, shape):

@@ -1,7 +1,11 @@
 """What only the interpreter can show of the row programs: float64, bytes counted element by element."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from p2k.ops.two_pass_softmax import kernel, mutants, registration
 from p2k.ops.two_pass_softmax.traffic import count_elements
@@ -45,3 +49,37 @@ def test_traffic_of_the_backward_pass():
         for columns, reads in ((13, 2), (35, 4)):
             y = torch.randn(6, columns).softmax(-1)
             assert count_elements(lambda y=y: kernel.backward(y, y)) == (reads * y.numel(), y.numel())
+
+
+@triton.jit
+def pairs_of(x_ptr, p_ptr, n_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    p, k = kernel._pair(tl.load(x_ptr + at), 0.0, False)
+    tl.store(p_ptr + at, p)
+    tl.store(n_ptr + at, k)
+
+
+@pytest.mark.parametrize(("span", "bound"), [(100.0, 2e-7), (1e4, 2.4e-7), (1e5, 2.5e-7), (1e6, 1.6e-6)])
+def test_error_of_a_pair_over_its_documented_range(span, bound):
+    """A tenth of a millionth while the reduction has its bits; ten times as much at 1e6, where they run out."""
+    x = (torch.rand(2**15, dtype=torch.float64) * 2 - 1).mul(span).float()
+    p, n = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    pairs_of[(1,)](x, p, n, SIZE=len(x))
+    error = (p.double() * (n.double() * math.log(2) - x.double()).exp() - 1).abs().max()
+    assert torch.equal(n, n.round())
+    assert error <= bound
+    # Rounding x / ln 2 moves a tie past the edge by twice its own rounding.
+    edge = 2**0.5 * (1 + 3 * 2**-24 * span)
+    assert (p <= edge).all()
+    assert (p >= 1 / edge).all()
+    if span == 1e6:
+        assert error > 4e-7
+
+
+@pytest.mark.parametrize("tile", [8, 32])
+def test_the_size_of_a_tile_changes_rounding_only(tile, monkeypatch):
+    with mutants.small_tiles(kernel):
+        x = 10 * torch.randn(3, 70)
+        usual = registration.softmax(x)
+        monkeypatch.setattr(kernel, "TILE", tile)
+        assert ((registration.softmax(x) - usual).abs() / usual).max() <= 1e-6

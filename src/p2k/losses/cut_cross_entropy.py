@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from p2k.core.autocast import as_linear_operand
 from p2k.core.backend import Backend
 from p2k.core.checks import check_positive
 from p2k.losses.reduction import REDUCTIONS, check_choice, reduce, wide
@@ -42,7 +43,8 @@ def linear_cross_entropy(  # noqa: PLR0913 - torch's arguments, then the head's,
         label_smoothing: share of the target spread evenly over the vocabulary, in ``[0, 1]``; not with `softcap`.
         z_loss_weight: adds this times the square of log-sum-exp, ``>= 0``.
         softcap: c of ``c tanh(z / c)``, ``> 0``; computed tile by tile.
-        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto` for the paper's, eps(dtype) / 32.
+        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto` for the paper's, eps / 32
+            of the dtype in which the head is computed, under autocast its.
         sort_vocab: with a filter, order the vocabulary by mean logit in the backward pass: more tiles are skipped.
         filter_weight: with a filter, False keeps the gradients of `weight` and `bias` whole.
         backend: `auto`, `torch` or `triton`.
@@ -94,7 +96,8 @@ def _check_options(
         if sort_vocab or not filter_weight:
             raise ValueError(f"{op}: sort_vocab and filter_weight belong to a filter: pass filter_eps too")
         return 0.0
-    eps = default_filter_eps(hidden.dtype) if filter_eps == "auto" else filter_eps
+    # An empty slice has the dtype that the operands get under autocast.
+    eps = default_filter_eps(as_linear_operand(hidden[..., :0]).dtype) if filter_eps == "auto" else filter_eps
     if isinstance(eps, str) or not 0 < eps < 1:
         raise ValueError(f"{op}: filter_eps must be None, 'auto' or in (0, 1), got {filter_eps!r}")
     return eps

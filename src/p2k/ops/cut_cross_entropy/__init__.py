@@ -57,8 +57,9 @@ def cut_cross_entropy(  # noqa: PLR0913 - the arguments of torch's cross_entropy
     """Cross-entropy of each token and its log-sum-exp, tile by tile, with no logit in memory on a GPU.
 
     The loss is exact. With `filter_eps` the backward pass leaves out every tile of logits in which no entry of
-    ``softmax - onehot`` reaches it, before the upstream gradient is multiplied in; tiles depend on the dtype. Without
-    it gradients are exact too, and `p2k.ops.linear_logp` is the usual choice.
+    ``softmax - onehot`` reaches it, before the upstream gradient is multiplied in; tiles depend on the dtype. Where
+    log-sum-exp has a gradient, no entry of softmax may reach it either. Without a filter gradients are exact too, and
+    `p2k.ops.linear_logp` is the usual choice.
 
     Args:
         hidden: hidden state of each token, floating; autocast treats it as `torch.nn.functional.linear` does.

@@ -40,6 +40,8 @@ MUTANTS = [
     Mutant("found = g * d + l * p", "found = g * d + l * d", "log-sum-exp's gradient pulls the target"),
     Mutant("tl.abs(d) < epsilon", "d < epsilon", "the filter forgets that d is negative at the target"),
     Mutant("tl.abs(d) < epsilon", "tl.abs(d) < 0.1 * epsilon", "the filter keeps too much"),
+    Mutant("((p < epsilon) | unused)", "(p < 2.0)", "the filter forgets log-sum-exp's gradient at a certain target"),
+    Mutant("((p < epsilon) | unused)", "(p < epsilon)", "the filter keeps certain targets that nobody needs"),
     Mutant("if large > 0:", "if large >= 0:", "hidden: skipped tiles enter all the same"),
     Mutant("if keep != 0:", "if keep >= 0:", "weight: skipped tiles enter all the same"),
     Mutant("mask = kept if filtering and filter_weight else None", "mask = kept if filtering else None",
@@ -62,8 +64,12 @@ REFERENCE_MUTANTS = [
     Mutant("(S - hot).masked_fill(~there, 0.0)", "(S - hot)", "absent tokens move the filter and the weight"),
     Mutant("G = g * d + l * S", "G = g * d + l * d", "log-sum-exp's gradient pulls the target"),
     Mutant("1 - (z / c).square()", "1 - (z / c)", "slope of the softcap"),
-    Mutant("d_tV.abs() < epsilon", "d_tV < epsilon", "the filter forgets that d is negative at the target"),
-    Mutant("~(d_tV.abs() < epsilon)", "d_tV.abs() > 10 * epsilon", "the filter drops too much"),
+    Mutant("torch.where(l == 0, d.abs(), torch.maximum(d.abs(), S))", "torch.where(l == 0, d, torch.maximum(d, S))",
+           "the filter forgets that d is negative at the target"),
+    Mutant("torch.maximum(d.abs(), S))", "d.abs())", "the filter forgets log-sum-exp's gradient at a certain target"),
+    Mutant("torch.where(l == 0, d.abs(), torch.maximum(d.abs(), S))", "torch.maximum(d.abs(), S)",
+           "the filter keeps certain targets that nobody needs"),
+    Mutant("~(size_tV < epsilon)", "size_tV > 10 * epsilon", "the filter drops too much"),
     Mutant("large.any(0)", "large.all(0)", "a tile is skipped although one token needs it"),
     Mutant(".view(-1, width).any(1)", ".view(-1, width)[:, 0]", "only the first entry of a tile is looked at"),
     Mutant("G = G_filtered if filter_weight else G", "G = G_filtered", "the weight is filtered against the wish"),
@@ -97,7 +103,8 @@ def filtered_truth(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients by the definition, entry by entry on the whole matrix in float64, and the kept tiles.
 
-    `order` is the vocabulary's; the fourth result has the shape of the grid of tiles.
+    `order` is the vocabulary's; the fourth result has the shape of the grid of tiles. Where log-sum-exp has a gradient,
+    a probability keeps its tile as a difference does.
     """
     h, w, b = (x.double() for x in inputs)
     here = (target != ignore_index)[:, None]
@@ -111,14 +118,15 @@ def filtered_truth(
     gradient = torch.where(here, (grads[0, :, None] * d + grads[1, :, None] * p) * slope, 0.0)
     rows, columns = (torch.arange(n, device=h.device) // size for n, size in zip(d.shape, tile, strict=True))
     kept = torch.zeros(int(rows[-1]) + 1, int(columns[-1]) + 1, dtype=torch.bool, device=h.device)
-    for i, j in (d[:, order].abs() >= epsilon).nonzero().tolist():
+    size = torch.where(grads[1, :, None] == 0, d.abs(), torch.where(here, torch.maximum(d.abs(), p), 0.0))
+    for i, j in (size[:, order] >= epsilon).nonzero().tolist():
         kept[rows[i], columns[j]] = True
     gradient *= kept[rows[:, None], columns[order.argsort()][None, :]]
     return gradient @ w, gradient.T @ h, gradient.sum(0), kept
 
 
 def _cases(module: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
-    """(module, truth) pairs: exact and far from 0; capped, filtered and sorted; filtered with a whole weight."""
+    """(module, truth) pairs: exact and far from 0; capped, filtered and sorted; with a whole weight; certain."""
     source = generator(0, DEVICE)
     tokens, vocab, dim = 2 * TILE[0] - 1, 3 * TILE[1] + 2, TILE[1] + 3
 
@@ -127,13 +135,17 @@ def _cases(module: ModuleType) -> Iterator[tuple[Tensor, Tensor]]:
 
     target = torch.randint(0, vocab, (tokens,), generator=source, device=DEVICE)
     target[1] = IGNORED
-    for softcap, shift, epsilon, sort, filter_weight in (
-        (None, -300.0, 0.0, False, True),
-        (4.0, 0.0, 2.0**-3, True, True),
-        (None, 0.0, 2.0**-2, False, False),
+    for softcap, shift, epsilon, sort, filter_weight, certain in (
+        (None, -300.0, 0.0, False, True, False),
+        (4.0, 0.0, 2.0**-3, True, True, False),
+        (None, 0.0, 2.0**-2, False, False, False),
+        (None, 0.0, 2.0**-3, False, True, True),
     ):
         hidden, weight, bias = 2 * random(tokens, dim) / dim**0.5, 2 * random(vocab, dim), random(vocab)
         bias, grads = bias.sort().values + shift, random(2, tokens)
+        if certain:
+            # Every d is near 0. Log-sum-exp has a gradient in the first tile of tokens, which must stay for it.
+            hidden, grads[1, TILE[0] :] = weight[target.clamp_min(0)], 0.0
         hidden[1], grads[:, 1] = 3.0, 0.0
         code = codes(target, vocab, IGNORED)
         numbers = module.forward(hidden, weight, code, bias, softcap)

@@ -61,8 +61,9 @@ def backward(  # noqa: PLR0913 - the ops' own arguments
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of (h, W, b) and the tiles that were kept, ``[tiles of T, tiles of V]``.
 
-    `grads` is ``[2, T]``: of the loss and of log-sum-exp. A tile is skipped where ``|d| < epsilon`` and S < epsilon in
-    all of it, before any upstream gradient is multiplied in.
+    `grads` is ``[2, T]``: of the loss and of log-sum-exp. A tile is skipped where all ``|d| < epsilon``, before any
+    upstream gradient is multiplied in. A token whose log-sum-exp has a gradient needs ``S < epsilon`` too: a certain
+    target has d near 0 and S near 1.
     """
     order = vocabulary_order(h_TD, W_VD, b_V, y_T != ABSENT) if sort else torch.arange(len(W_VD), device=W_VD.device)
     h, W, b = (None if x is None else _wide(x) for x in (h_TD, W_VD, b_V))
@@ -77,8 +78,8 @@ def backward(  # noqa: PLR0913 - the ops' own arguments
         S = (z - numbers[1, rows, None] - numbers[2, rows, None]).exp()
         hot = (order == y_T[rows, None]).to(S)
         d = (S - hot).masked_fill(~there, 0.0)
-        keep = _keep(d, epsilon, tile[1])
         g, l = (grad[rows, None].masked_fill(~there, 0.0) for grad in grads)  # noqa: E741 - as in the docstring
+        keep = _keep(torch.where(l == 0, d.abs(), torch.maximum(d.abs(), S)), epsilon, tile[1])
         G = g * d + l * S
         if c is not None:
             G = G * (1 - (z / c).square())
@@ -95,10 +96,10 @@ def backward(  # noqa: PLR0913 - the ops' own arguments
     return *(x.to(h_TD.dtype) if need else None for x, need in zip(found, needs, strict=True)), kept
 
 
-def _keep(d_tV: Tensor, epsilon: float, width: int) -> Tensor:
+def _keep(size_tV: Tensor, epsilon: float, width: int) -> Tensor:
     """Which tiles of the vocabulary hold an entry that is not below epsilon; NaN is not."""
-    large = ~(d_tV.abs() < epsilon)
-    missing = -d_tV.shape[1] % width
+    large = ~(size_tV < epsilon)
+    missing = -size_tV.shape[1] % width
     return torch.nn.functional.pad(large.any(0), (0, missing)).view(-1, width).any(1)
 
 
