@@ -8,7 +8,7 @@ import yaml
 
 from p2k.book import scaffold
 from p2k.book.catalogue import load_catalogue
-from p2k.book.check import check_book, check_chapter
+from p2k.book.check import check_book, check_chapter, toc_chapters
 from p2k.core.errors import P2KError
 
 # Everything that a fresh chapter `demo` on the floors ops and nn lacks.
@@ -81,6 +81,21 @@ def test_the_toc_keeps_the_order_of_the_parts(root):
     scaffold.new_chapter(root, "later-one", floors=("nn",))
     captions = [part["caption"] for part in yaml.safe_load((root / "_toc.yml").read_text())["parts"]]
     assert captions == ["First part", "Second part", "Reference"]
+
+
+@pytest.mark.parametrize("slug", ["demo", "later-one"])
+def test_a_paper_stands_before_the_maps_of_its_part(root, slug):
+    scaffold.new_chapter(root, "chart")
+    scaffold.new_chapter(root, slug, floors=("nn",), part="B")
+    assert toc_chapters(root) == [("First part", "tiny"), ("Second part", slug), ("Second part", "chart")]
+    assert check_book(root) == []
+
+
+def test_a_paper_stands_where_the_catalogue_has_it(root):
+    scaffold.new_chapter(root, "newest", floors=("nn",), part="B")
+    scaffold.new_chapter(root, "later-one", floors=("nn",))
+    assert [slug for _, slug in toc_chapters(root)] == ["tiny", "later-one", "newest"]
+    assert check_book(root) == []
 
 
 def test_the_new_tests_fail_until_they_are_filled(root):

@@ -40,7 +40,10 @@ def new_chapter(root: Path, slug: str, *, floors: tuple[str, ...] = ("ops", "nn"
     old = {path: path.read_text(encoding="utf-8") for path in entries}
     texts[entries[0]] = _catalogue(old[entries[0]], slug, part, floors)
     texts[entries[1]] = old[entries[1]] + _fill("profile.yml", words)
-    texts[entries[2]] = _toc(old[entries[2]], slug, part, catalogue.parts)
+    order = [entry.slug for entry in catalogue.entries if entry.part == part]
+    # A new paper stands behind the last one of its part; the maps of the part follow it.
+    behind = order[order.index(slug) + 1 :] if known else [name for name in order if name in catalogue.maps]
+    texts[entries[2]] = _toc(old[entries[2]], slug, part, catalogue.parts, behind)
     try:
         for path, text in texts.items():
             write_atomic(path, text)
@@ -88,8 +91,8 @@ def _catalogue(text: str, slug: str, part: str, floors: tuple[str, ...]) -> str:
     return text[: entry.end()] + line + text[entry.end() :]
 
 
-def _toc(text: str, slug: str, part: str, parts: dict[str, str]) -> str:
-    """Add the page at the end of its part; a new part goes behind the last one that precedes it in the catalogue."""
+def _toc(text: str, slug: str, part: str, parts: dict[str, str], behind: list[str]) -> str:
+    """Add the page to its part before those that stand behind it in the catalogue, and a new part in the same way."""
     blocks = re.split(r"^(?=  - caption: )", text.rstrip() + "\n", flags=re.M)
     captions = [block.partition("caption: ")[2].partition("\n")[0] for block in blocks]
     earlier = [parts[key] for key in list(parts)[: list(parts).index(part)]]
@@ -97,5 +100,8 @@ def _toc(text: str, slug: str, part: str, parts: dict[str, str]) -> str:
         at = max((number + 1 for number, caption in enumerate(captions) if caption in earlier), default=1)
         blocks.insert(at, f"  - caption: {parts[part]}\n    chapters:\n")
         captions.insert(at, parts[part])
-    blocks[captions.index(parts[part])] += f"      - file: notebooks/{slug}\n"
+    at = captions.index(parts[part])
+    pages = [f"      - file: notebooks/{name}\n" for name in (slug, *behind)]
+    here = min((blocks[at].find(page) for page in pages if page in blocks[at]), default=len(blocks[at]))
+    blocks[at] = blocks[at][:here] + pages[0] + blocks[at][here:]
     return "".join(blocks)
