@@ -13,6 +13,7 @@ from torch import nn
 from p2k.core.errors import P2KError
 from p2k.core.seeding import generator
 from p2k.experiments.diagnostics import layer_movement, pooled_features, profile_layers, transformer_layers
+from p2k.models.gpt import GPT, GPTConfig
 from p2k.models.vit import DIGITS, build_vit
 
 
@@ -159,6 +160,37 @@ def test_gradients_scale_with_the_loss():
     # At vanishing logits p is uniform, so that only the gain of the last layer is left: linear in it.
     assert (half.sample_gradient[:2] / 1e-9 - half.sample_gradient[2]).abs().max() < 1e-8
     assert whole.sample_gradient.shape == half.sample_gradient.shape
+
+
+def test_gpt_with_a_causal_mask():
+    model = GPT(GPTConfig(vocab_size=11, context=9, dim=16, depth=3, heads=2)).double()
+    tokens, labels = torch.randint(0, 11, (5, 9), generator=generator(0)), torch.arange(5)
+    last = lambda model, tokens: model(tokens)[:, -1]  # noqa: E731
+    profile = profile_layers(model, [(tokens, labels)], predict=last)
+    assert profile.entropy.shape == (3, 2)
+    # Untrained attention is nearly uniform over the keys 0..i that query i sees: mean of log 1 to log 9.
+    uniform = torch.arange(1, 10).double().log().mean()
+    assert ((profile.entropy > 0.98 * uniform) & (profile.entropy <= uniform)).all()
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: outputs.append(_hidden(out)))
+    loss = F.cross_entropy(last(model, tokens), labels)
+    for found, exact in zip(profile.sample_gradient, torch.autograd.grad(loss, outputs), strict=True):
+        assert (found - 5 * exact.flatten(1).norm(dim=1)).abs().max() < 1e-12
+
+
+def _hidden(out):
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def test_the_split_into_batches_changes_no_example():
+    images, labels = random(12, 1, 8, 8), torch.arange(12) % 10
+    model = build_vit(DIGITS, "gelu").double()
+    whole = profile_layers(model, [(images, labels)])
+    parts = profile_layers(model, list(zip(images.split(5), labels.split(5), strict=True)))
+    assert (whole.sample_gradient - parts.sample_gradient).abs().max() < 1e-12
+    assert (whole.entropy - parts.entropy).abs().max() < 1e-12
+    assert torch.equal(whole.correct, parts.correct)
 
 
 def test_bert_of_transformers_with_padding():

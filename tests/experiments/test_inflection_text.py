@@ -42,6 +42,9 @@ def test_every_arm_reports_every_seed_and_its_parameters(runs):
     adapters = {arm: runs[arm].parameters - head for arm in text.ARMS[1:4]}
     # Rank 2 on three square maps of width 16.
     assert adapters["LoRA, all"] == 4 * 3 * 2 * 32
+    layer = sum(p.numel() for p in tiny(CONFIG).bert.encoder.layer[0].parameters())
+    assert runs["top two layers"].parameters == head + 2 * layer
+    assert runs["full"].parameters == sum(p.numel() for p in tiny(CONFIG).parameters())
     assert adapters["LoRA, inflection"] == adapters["LoRA, random"] < adapters["LoRA, all"]
 
 

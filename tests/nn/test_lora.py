@@ -1,4 +1,4 @@
-"""LoRA against its equations and against PEFT itself."""
+"""LoRA against its equations, its switches and its bad input; `test_lora_peft` has PEFT."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import os
 import peft
 import pytest
 import torch
+from lora_cases import BOTH, Model, inputs, randomised
 from torch import nn
 
 from p2k.core.errors import P2KError
@@ -24,110 +25,18 @@ from p2k.nn.lora_adapters import (
     unmerge,
 )
 
-FLOAT32 = tolerance(torch.float32, dot=True)
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x):
-        return x + torch.tanh(self.query(x)) * self.value(x)
-
-
-class Model(nn.Module):
-    def __init__(self, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([Attention() for _ in range(3)])})
-        self.classifier = nn.Linear(8, 4)
-
-    def forward(self, x):
-        for layer in self.encoder["layer"]:
-            x = layer(x)
-        return self.classifier(x)
-
-
-BOTH = ["query", "value"]
-CONFIGS = {
-    "plain": {"r": 2, "target_modules": BOTH, "lora_alpha": 6},
-    "regular expression": {"r": 2, "target_modules": r".*layer\.[02]\.query"},
-    "some layers": {"r": 2, "target_modules": BOTH, "layers_to_transform": [0, 2]},
-    "one layer": {"r": 2, "target_modules": BOTH, "layers_to_transform": 1, "layers_pattern": "layer"},
-    "patterns": {
-        "r": 2, "target_modules": BOTH, "rank_pattern": {"0.query": 5, r"layer\.2\.value": 1},
-        "alpha_pattern": {"value": 3},
-    },
-    "rank-stabilised": {"r": 4, "target_modules": ["value"], "use_rslora": True, "lora_alpha": 5},
-    "head": {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]},
-    "excluded": {"r": 2, "target_modules": BOTH, "exclude_modules": ["1.query"]},
-}  # fmt: skip
-each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def randomised(parameters):
-    """Adapters that do something: B is not zero."""
-    torch.manual_seed(1)
-    for parameter in parameters:
-        parameter.data.normal_()
-
-
-def inputs(*shape):
-    return torch.randn(*shape, 8, generator=torch.Generator().manual_seed(2))
-
-
-@each
-def test_saved_adapters_load_in_peft(config, tmp_path):
-    ours = inject_adapter_in_model(LoraConfig(**config), Model())
-    randomised(adapter_parameters(ours).values())
-    save_adapter(ours, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(Model(), tmp_path)
-    torch.testing.assert_close(ours(inputs(5)), theirs(inputs(5)), rtol=FLOAT32, atol=FLOAT32)
-    assert ours(inputs(5)).sub(Model()(inputs(5))).abs().max() > 0.1
-
-
-@each
-def test_adapters_of_peft_load_here(config, tmp_path):
-    theirs = peft.get_peft_model(Model(), peft.LoraConfig(**config))
-    randomised(p for p in theirs.parameters() if p.requires_grad)
-    theirs.save_pretrained(tmp_path)
-    ours = load_adapter(Model(), tmp_path)
-    torch.testing.assert_close(ours(inputs(5)), theirs(inputs(5)), rtol=FLOAT32, atol=FLOAT32)
-    assert not any(p.requires_grad for p in ours.parameters())
-    trainable = load_adapter(Model(), tmp_path, is_trainable=True)
-    count = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
-    assert count == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-
-
-@each
-def test_parameter_names_and_gradients_are_those_of_peft(config):
-    ours = inject_adapter_in_model(LoraConfig(**config), Model())
-    theirs = peft.inject_adapter_in_model(peft.LoraConfig(**config), Model())
-    names = {name.replace("modules_to_save.default.", "modules_to_save.") for name, _ in ours.named_parameters()}
-    assert names == {
-        name.replace("modules_to_save.default.", "modules_to_save.") for name, _ in theirs.named_parameters()
-    }
-    for model in (ours, theirs):
-        parameters = dict(model.named_parameters())
-        randomised(parameters[name] for name in sorted(parameters) if "lora" in name)
-        model(inputs(5)).square().sum().backward()
-    other = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert parameter.requires_grad == other[name].requires_grad
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, other[name].grad, rtol=FLOAT32, atol=FLOAT32)
-
 
 def test_at_insertion_nothing_changes_but_b_receives_gradient():
-    base, x = Model(), inputs(5).requires_grad_()
-    expected = base(x)
-    (activation,) = torch.autograd.grad(expected.square().sum(), x)
     adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=BOTH, lora_dropout=0.0), Model())
-    out = adapted(x)
-    assert torch.equal(out, expected)
-    (adapted_activation,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
-    assert torch.equal(adapted_activation, activation)
+    found = []
+    for model in (Model(), adapted):
+        kept = [inputs(5).requires_grad_()]
+        for layer in model.encoder["layer"]:
+            layer.register_forward_hook(lambda module, args, out, kept=kept: kept.append(out))
+        out = model(kept[0])
+        found.append([out, *kept, *torch.autograd.grad(out.square().sum(), kept, retain_graph=True)])
+    assert len(found[0]) == 1 + 4 + 4
+    assert all(map(torch.equal, *found))
     out.square().sum().backward()
     for name, parameter in adapter_parameters(adapted).items():
         assert (parameter.grad == 0).all() == ("lora_A" in name)

@@ -206,6 +206,11 @@ BAD = {
     "wide head": (
         {"q": random(2, 3, 5, 129), "k": random(2, 3, 7, 129), "backend": "triton"}, ValueError, "heads up to 128 wide",
     ),
+    "wide half-precision values": (
+        {name: random(2, 3, 7, width, dtype=torch.float16) for name, width in (("q", 4), ("k", 4), ("v", 257))}
+        | {"backend": "triton"},
+        ValueError, "heads up to 256 wide in torch.float16, got 257",
+    ),
 }  # fmt: skip
 
 

@@ -81,6 +81,11 @@ def test_odd_widths(width, dtype):
     assert_as_good_as_eager(qkv(width=width, value_width=129 - width, dtype=dtype))
 
 
+@pytest.mark.parametrize("width", [129, 256])
+def test_wide_heads_in_half_precision(width):
+    assert_as_good_as_eager(qkv(queries=40, keys=40, width=width, value_width=385 - width, dtype=torch.float16))
+
+
 MASKS = {
     "none": None,
     "per key": random(23, seed=3) > -0.5,

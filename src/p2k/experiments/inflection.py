@@ -1,4 +1,4 @@
-"""Under- and over-trained source models adapted to noisy digits: everything, nothing but the head, or LoRA somewhere.
+"""Under- and over-trained source models adapted to noisy digits: whole, at the top, at the head, or by LoRA somewhere.
 
 Every seed has its own source model, its own diagnosis and its own layers. Arms of one seed start from one source model
 and see the same batches. `p2k.experiments.inflection_text` holds the paper's own task.
@@ -6,7 +6,6 @@ and see the same batches. `p2k.experiments.inflection_text` holds the paper's ow
 Source: wang2025inflection.  Chapter: inflection
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,21 +17,29 @@ from p2k.core.seeding import generator
 from p2k.data import ImageData
 from p2k.data.digits import load_digits
 from p2k.experiments.diagnostics import LayerProfile, layer_movement, pooled_features, profile_layers
-from p2k.experiments.loop import Feed, TrainConfig
+from p2k.experiments.inflection_arms import (
+    ALL,
+    FULL,
+    GROUPS,
+    HEAD,
+    INFLECTION,
+    MODEL,
+    RANDOM,
+    TOP,
+    Job,
+    make_adaptable,
+    make_source,
+    trained_parameters,
+)
+from p2k.experiments.loop import Feed, TrainConfig, TrainResult
 from p2k.experiments.saturation import inflection_layers, saturation_index
 from p2k.experiments.stacked import train_stacked
 from p2k.experiments.statistics import PairedDifference, paired_difference
-from p2k.models.vit import ViT, ViTConfig, build_vit
-from p2k.nn.lora import LoraConfig, LoraLinear
-from p2k.nn.lora_adapters import inject_adapter_in_model
+from p2k.models.vit import ViT
 
-MODEL = ViTConfig(8, 2, 1, 10, dim=16, depth=6, heads=2, hidden=32, rank=4, readout="last")
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], modules_to_save=["head"])
-HEAD, INFLECTION, RANDOM, ALL, FULL = "head only", "LoRA, inflection", "LoRA, random", "LoRA, all", "full"
-ARMS = (HEAD, INFLECTION, RANDOM, ALL, FULL)
-# The seed of the learning-rate choice; reported seeds start at 0.
+# The seed of the learning-rate choice, which is not reported.
 SWEEP_SEED = 1000
-RATES = (3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 SOURCE = TrainConfig(epochs=40, batch_size=32, learning_rate=6e-3, weight_decay=0.0)
 TARGET = TrainConfig(epochs=5, batch_size=20, learning_rate=3e-3, weight_decay=0.0)
 
@@ -59,6 +66,9 @@ class Regime:
         random: layers of the control, as many, none of them an inflection layer where there are enough others.
         rates: learning rate of each arm.
         accuracy: target test accuracy of each arm and seed in percent.
+        parameters: trained by each arm, mean over seeds.
+        single: target test accuracy in percent with adapters in one layer only, at the rate of the inflection arm,
+            ``[seeds, layers]``; None where it was not measured.
         movement: 1 - CKA of each layer during full fine-tuning, ``[seeds, layers]``.
     """
 
@@ -72,6 +82,8 @@ class Regime:
     random: tuple[tuple[int, ...], ...]
     rates: dict[str, float]
     accuracy: dict[str, tuple[float, ...]]
+    parameters: dict[str, float]
+    single: Tensor | None
     movement: Tensor
 
     def difference(self, arm: str, other: str) -> PairedDifference:
@@ -81,18 +93,6 @@ class Regime:
     def gradient(self, side: str, summary: str) -> Tensor:
         """A summary of the per-example gradient norms, such as `median_gradient`, ``[seeds, layers]``."""
         return torch.stack([getattr(profile, summary) for profile in getattr(self, side)])
-
-
-class Switch(nn.Module):
-    """Multiplies by 0 or 1, so that adapters of all layers can be stacked although each model uses some."""
-
-    def __init__(self, on: bool):
-        super().__init__()
-        self.register_buffer("on", torch.tensor(float(on)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All or nothing."""
-        return x * self.on
 
 
 def make_shift(noise: float = 0.12, *, source: int = 384, target: int = 200) -> Shift:
@@ -127,12 +127,14 @@ def compare_regimes(
     under: int = 10,
     over: int = 40,
     adapt: int = 5,
-    seeds: Sequence[int] = range(5),
+    seeds: Sequence[int] = range(10, 15),
     shift: Shift | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> tuple[Regime, Regime]:
     """Run both regimes with all arms; each arm takes its learning rate by the same sweep on validation digits.
+
+    In the over-trained regime every layer is also adapted by itself, to see whether the index foretells the gain.
 
     Args:
         under, over: epochs of source training, ``>= 2``.
@@ -153,12 +155,15 @@ def compare_regimes(
     shift = make_shift() if shift is None else shift
     bar = tqdm((under, over), unit="regime", leave=False, disable=not progress)
     target = replace(TARGET, epochs=adapt, warmup_epochs=min(1.0, adapt / 2))
-    return tuple(_run_regime(epochs, target, tuple(seeds), shift, torch.device(device)) for epochs in bar)
+    options = target, tuple(seeds), shift, torch.device(device)
+    return tuple(_run_regime(epochs, *options, probe=epochs == over) for epochs in bar)
 
 
-def _run_regime(epochs: int, target: TrainConfig, seeds: tuple[int, ...], shift: Shift, device: torch.device) -> Regime:
+def _run_regime(
+    epochs: int, target: TrainConfig, seeds: tuple[int, ...], shift: Shift, device: torch.device, *, probe: bool
+) -> Regime:
     everyone = (*seeds, SWEEP_SEED)
-    sources = {seed: _fresh(seed) for seed in everyone}
+    sources = {seed: make_source(seed) for seed in everyone}
     settings = replace(SOURCE, epochs=epochs)
     trained = train_stacked(
         list(sources.values()), shift.source, settings, seeds=everyone, device=device, progress=False
@@ -167,18 +172,25 @@ def _run_regime(epochs: int, target: TrainConfig, seeds: tuple[int, ...], shift:
     chosen = [_choose(profile) for profile in profiles["target"]]
     drawn = [_others(layers, seed) for layers, seed in zip(chosen, everyone, strict=True)]
     every = tuple(range(MODEL.depth))
-    places = {HEAD: [()] * len(everyone), INFLECTION: chosen, RANDOM: drawn, ALL: [every] * len(everyone), FULL: None}
+    same = {HEAD: (), ALL: every, TOP: every[-2:], FULL: every}
+    places = {arm: dict.fromkeys(everyone, layers) for arm, layers in same.items()}
+    places |= {arm: dict(zip(everyone, found, strict=True)) for arm, found in ((INFLECTION, chosen), (RANDOM, drawn))}
+    rates = _sweep(sources, places, shift.target, target, device)
     feed = Feed(shift.target, target, device)
-    rates = _sweep(sources[SWEEP_SEED], places, shift.target, target, device)
     features = [pooled_features(sources[s], [feed.normalised(feed.data.test_images)]) for s in seeds]
-    accuracy = {}
-    for arms in ((HEAD, INFLECTION, RANDOM, ALL), (FULL,)):
-        jobs = [(arm, i) for arm in arms for i in range(len(seeds))]
-        models = [_adaptable(sources[seeds[i]], places[arm] and places[arm][i], seeds[i]) for arm, i in jobs]
-        settings = {"seeds": [seeds[i] for _, i in jobs], "rates": [rates[arm] for arm, _ in jobs]}
-        runs = train_stacked(models, shift.target, target, **settings, device=device, progress=False)
-        for arm in arms:
-            accuracy[arm] = tuple(100 * run.test_accuracy for run, job in zip(runs, jobs, strict=True) if job[0] == arm)
+    alone = [Job(INFLECTION, seed, (layer,), rates[INFLECTION]) for seed in seeds for layer in every if probe]
+    accuracy, parameters, single = {}, {}, None
+    for group in GROUPS:
+        jobs = [Job(arm, seed, places[arm][seed], rates[arm]) for arm in group for seed in seeds]
+        jobs += alone if INFLECTION in group else []
+        models, runs = _adapt(jobs, sources, shift.target, target, device)
+        found = [100 * run.test_accuracy for run in runs]
+        for i, arm in enumerate(group):
+            rows = slice(i * len(seeds), (i + 1) * len(seeds))
+            accuracy[arm] = tuple(found[rows])
+            parameters[arm] = sum(map(trained_parameters, models[rows])) / len(seeds)
+        if INFLECTION in group and probe:
+            single = torch.tensor(found[-len(alone) :], dtype=torch.float64).view(len(seeds), -1)
     moved = [
         layer_movement(before, pooled_features(model, [feed.normalised(feed.data.test_images)]), components=16)
         for before, model in zip(features, models, strict=True)
@@ -194,17 +206,13 @@ def _run_regime(epochs: int, target: TrainConfig, seeds: tuple[int, ...], shift:
         random=tuple(drawn[:-1]),
         rates=rates,
         accuracy=accuracy,
+        parameters=parameters,
+        single=single,
         movement=torch.stack(moved),
     )
 
 
 SIDES = ("source", "target")
-
-
-def _fresh(seed: int) -> ViT:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_vit(MODEL, "gelu")
 
 
 def _profile(model: ViT, data: ImageData, device: torch.device) -> LayerProfile:
@@ -226,31 +234,23 @@ def _others(chosen: Sequence[int], seed: int) -> tuple[int, ...]:
     return tuple(sorted(sorted(order, key=lambda layer: layer in chosen)[: len(chosen)]))
 
 
-def _adaptable(source: ViT, layers: Sequence[int] | None, seed: int) -> nn.Module:
-    """A copy to train: whole for None, else the head and adapters that are switched on in `layers`."""
-    model = copy.deepcopy(source)
-    if layers is None:
-        return model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(LORA, model)
-    for number, block in enumerate(model.blocks):
-        for module in block.modules():
-            if isinstance(module, LoraLinear):
-                module.lora_dropout["default"] = Switch(number in layers)
-    return model
+def _adapt(
+    jobs: Sequence[Job], sources: dict[int, ViT], data: ImageData, config: TrainConfig, device: torch.device
+) -> tuple[list[nn.Module], list[TrainResult]]:
+    models = [make_adaptable(sources[job.seed], job) for job in jobs]
+    options = {"seeds": [job.seed for job in jobs], "rates": [job.rate for job in jobs]}
+    return models, train_stacked(models, data, config, **options, device=device, progress=False)
 
 
-def _sweep(source: ViT, places: dict, data: ImageData, config: TrainConfig, device: torch.device) -> dict[str, float]:
+def _sweep(
+    sources: dict[int, ViT], places: dict, data: ImageData, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
     """The rate with the best validation accuracy for each arm, tried with the sweep's source model."""
     rates = {}
-    for arms in ((HEAD, INFLECTION, RANDOM, ALL), (FULL,)):
-        jobs = [(arm, rate) for arm in arms for rate in RATES]
-        models = [_adaptable(source, places[arm] and places[arm][-1], SWEEP_SEED) for arm, _ in jobs]
-        tried = [rate for _, rate in jobs]
-        order = [SWEEP_SEED] * len(jobs)
-        runs = train_stacked(models, data, config, seeds=order, rates=tried, device=device, progress=False)
-        for arm in arms:
-            found = {rate: run.val_accuracy for (name, rate), run in zip(jobs, runs, strict=True) if name == arm}
+    for group in GROUPS:
+        jobs = [Job(arm, SWEEP_SEED, places[arm][SWEEP_SEED], rate) for arm in group for rate in RATES]
+        _, runs = _adapt(jobs, sources, data, config, device)
+        for arm in group:
+            found = {job.rate: run.val_accuracy for job, run in zip(jobs, runs, strict=True) if job.arm == arm}
             rates[arm] = max(found, key=found.get)
     return rates

@@ -33,7 +33,8 @@ from p2k.experiments.saturation import inflection_layers, saturation_index
 from p2k.nn.lora import LoraConfig
 from p2k.nn.lora_adapters import inject_adapter_in_model
 
-ARMS = ("head only", "LoRA, inflection", "LoRA, random", "LoRA, all", "full")
+TOP, FULL = "top two layers", "full"
+ARMS = ("head only", "LoRA, inflection", "LoRA, random", "LoRA, all", TOP, FULL)
 SWEEP_SEED = 1000
 RATES = (2e-5, 6e-5, 2e-4, 6e-4)
 
@@ -132,14 +133,15 @@ def choose_layers(model: nn.Module, data: Sentences, *, config: TextConfig, devi
     return inflection_layers(saturation_index(found.mean_entropy, found.batch_gradient), skip_top=0.25)
 
 
-def prepare(source: nn.Module, layers: Sequence[int] | None, *, config: TextConfig, seed: int) -> nn.Module:
-    """A copy to train: whole for None, the head alone for no layers, else adapters in these layers and the head."""
+def prepare(source: nn.Module, arm: str, layers: Sequence[int], *, config: TextConfig, seed: int) -> nn.Module:
+    """A copy to train: all of it, or the head and in these layers all parameters of the top arm, adapters of others."""
     model = copy.deepcopy(source)
-    if layers is None:
+    if arm == FULL:
         return model
-    if not layers:
+    if arm == TOP or not layers:
         model.requires_grad_(False)
-        model.classifier.requires_grad_(True)
+        for part in (*(transformer_layers(model)[layer] for layer in layers), model.classifier):
+            part.requires_grad_(True)
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -170,7 +172,7 @@ def run_regime(
         for arm, run in runs.items():
             tried = {}
             for rate in RATES if seed == SWEEP_SEED else (run.rate,):
-                model = prepare(source, places[arm], config=config, seed=seed)
+                model = prepare(source, arm, places[arm], config=config, seed=seed)
                 run.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
                 fit(model, train, epochs=config.target_epochs, rate=rate, config=config, seed=seed, device=device)
                 part = val if seed == SWEEP_SEED else test
@@ -209,11 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _places(depth: int, chosen: Sequence[int], seed: int) -> dict[str, Sequence[int] | None]:
+def _places(depth: int, chosen: Sequence[int], seed: int) -> dict[str, Sequence[int]]:
     """Layers of each arm; the control draws as many, from the others first."""
     order = torch.randperm(depth, generator=generator(seed)).tolist()
     random = sorted(sorted(order, key=lambda layer: layer in chosen)[: len(chosen)])
-    return dict(zip(ARMS, ((), chosen, random, range(depth), None), strict=True))
+    every = range(depth)
+    return dict(zip(ARMS, ((), chosen, random, every, every[-2:], every), strict=True))
 
 
 def _record(

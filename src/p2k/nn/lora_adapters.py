@@ -111,11 +111,11 @@ def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[
     _check(model, adapter_name)
     found = {}
     for name, parameter in model.named_parameters():
-        path, _, rest = name.partition(f".{adapter_name}.")
-        if rest and path.endswith((".lora_A", ".lora_B")):
-            found[f"{PREFIX}{path}.{rest}"] = parameter
-        elif rest and path.endswith(".modules_to_save"):
-            found[f"{PREFIX}{path.removesuffix('.modules_to_save')}.{rest}"] = parameter
+        # The adapter's name may occur elsewhere in the path too: it counts behind these only.
+        path, part, rest = re.fullmatch(r"(.*?)(?:\.(lora_A|lora_B|modules_to_save)\.(.*))?", name).groups()
+        owner, _, rest = (rest or "").partition(".")
+        if part and owner == adapter_name:
+            found[".".join([PREFIX + path, *([] if part == "modules_to_save" else [part]), rest])] = parameter
     return found
 
 
@@ -211,7 +211,7 @@ def _is_target(name: str, config: LoraConfig, saved: Sequence[str]) -> bool:
     if not config.target_modules or not _ends_with(name, config.target_modules):
         return False
     chosen = config.layers_to_transform
-    if chosen is None or isinstance(config.target_modules, str) or name in config.target_modules:
+    if chosen is None or chosen == [] or isinstance(config.target_modules, str) or name in config.target_modules:
         return True
     index = _layer_index(name, config.layers_pattern)
     return index is not None and index in ([chosen] if isinstance(chosen, int) else chosen)

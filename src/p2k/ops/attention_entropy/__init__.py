@@ -9,8 +9,8 @@ from p2k.ops.attention_entropy import reference, registration
 from p2k.ops.attention_entropy.second_call import entropy_by_second_call
 
 __all__ = ["attention_entropy", "entropy_by_second_call"]
-# Wider heads need more registers than an SM has: they go to the reference.
-WIDEST_HEAD = 128
+# Bytes of an element -> widest head of the kernel: beyond, its registers spill, and `auto` takes the reference.
+WIDEST_HEAD = {2: 256, 4: 128, 8: 128}
 
 
 # The signature is torch's own, and longer than ours may be.
@@ -41,13 +41,14 @@ def attention_entropy(  # noqa: PLR0913
         is_causal: query i sees the keys 0..i; not together with `attn_mask`.
         scale: positive factor on ``<q, k>``; None means ``D ** -0.5``.
         enable_gqa: let groups of H / G query heads share a key head.
-        backend: `auto`, `torch` or `triton`. The kernel takes heads up to 128 wide.
+        backend: `auto`, `torch` or `triton`. The kernel takes heads up to 256 wide in half precision and up to 128 in
+            float32; for wider ones `auto` is the reference, which holds the matrix.
 
     Returns:
         Output ``[B, H, T, V]`` in the dtype of `q`, entropy ``[B, H, T]`` in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes or devices disagree, or an option is out of its range.
+        ValueError: shapes or devices disagree, an option is out of its range, or a head is too wide for ``"triton"``.
         TypeError: a tensor is not floating point, the dtypes disagree, or the mask is neither bool nor floating.
         BackendUnavailable: ``backend="triton"`` where Triton cannot run.
 
@@ -58,9 +59,10 @@ def attention_entropy(  # noqa: PLR0913
     scale, attn_mask = check_sdpa(
         op, q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    wide = max(q.shape[-1], v.shape[-1]) > WIDEST_HEAD
+    width, widest = max(q.shape[-1], v.shape[-1]), WIDEST_HEAD[q.element_size()]
+    wide = width > widest
     if wide and backend == "triton":
-        raise ValueError(f"{op}: the kernel takes heads up to {WIDEST_HEAD} wide, got {max(q.shape[-1], v.shape[-1])}")
+        raise ValueError(f"{op}: the kernel takes heads up to {widest} wide in {q.dtype}, got {width}")
     if choose_backend("torch" if wide and backend == "auto" else backend, q, op=op) == "torch":
         return reference.attention_entropy(q, k, v, attn_mask, is_causal, scale)
     return registration.attention_entropy(q, k, v, attn_mask, is_causal, scale)

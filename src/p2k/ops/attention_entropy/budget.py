@@ -25,6 +25,7 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
         for width in WIDTHS:
             archs = (80, 90, 100) if (name, width) == ("bf16", 64) else (80, 90)
             yield f"{name} {width}", archs, _call(width, dtype)
+    yield "bf16 256", (80, 90), _call(256, torch.bfloat16)
     yield "bf16 64 causal", (80, 90), _call(64, torch.bfloat16, is_causal=True)
     yield "bf16 64 additive mask", (80, 90), _call(64, torch.bfloat16, mask_type=torch.bfloat16)
     yield "bf16 64 bool mask", (80, 90), _call(64, torch.bfloat16, mask_type=torch.bool)
