@@ -103,6 +103,10 @@ def test_04_gradient_sums_to_zero_and_shifts_do_not_matter(alpha):
     # A shift of 50 costs two digits of the shifted numbers.
     close(value(logps + shift, ref, q, alpha).detach(), loss.detach(), factor=100)
     close(value(logps, ref + shift, q, alpha).detach(), loss.detach(), factor=100)
+    rewards = torch.randn(3, 6, generator=generator(16), dtype=torch.float64)
+    first, second = (softmax_target(r, beta_reward=0.3) for r in (rewards, rewards + shift))
+    # The target divides the shift by its temperature of 0.3.
+    close(value(logps, ref, second, alpha).detach(), value(logps, ref, first, alpha).detach(), factor=1000)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 0.8, 1.0])
@@ -237,8 +241,14 @@ def test_10_low_alpha_seeks_a_mode_and_high_alpha_covers():
     assert (deviation[:2] - 0.6).abs().max() < 0.02
     assert abs(mean[-1].item() - 0.65) < 0.05
     assert abs(deviation[-1].item() - 2.39) < 0.05
+    fitted = (-0.5 * ((grid - mean[:, None]) / deviation[:, None]) ** 2).softmax(-1)
+    right = (fitted * (grid > 0)).sum(-1)
+    assert right[:2].min() > 0.999
+    assert abs(right[-1].item() - 0.595) < 0.01
     covering = fits[1:, 2, 1].exp()  # the wide start ends in the covering minimum for every alpha above 0
     assert (covering.diff() > 0).all()
+    recorded = torch.tensor([2.09, 2.27, 2.34, 2.38, 2.39], dtype=torch.float64)
+    assert (covering - recorded).abs().max() < 0.02
 
 
 def test_11_effective_sample_size_falls_from_the_group_to_that_of_the_target():
