@@ -23,6 +23,7 @@ from p2k_charts import (
 from sphinx.application import Sphinx
 
 from p2k.core.files import write_atomically
+from p2k.experiments.benchmark import code_digest
 from p2k.experiments.benchmark_records import COST_FILE, read_folder
 
 GENERATED = "book/_generated/benchmarks"
@@ -101,6 +102,8 @@ def about(files: list[dict], *, gpu: bool) -> str:
     text += f", torch {environment['torch']}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}."
     if files[0]["effort"] == "quick":
         text += " These are quick runs with rough medians."
+    if any(file["code"] != code_digest(file["records"][0]["op"]) for file in files):
+        text += " The operation's code or the method has changed since."
     missing = {f"{words(name)} ({reason})" for file in files for name, reason in file["absent"].items()}
     return text + (f" Not measured: {'; '.join(sorted(missing))}.\n" if missing else "\n")
 

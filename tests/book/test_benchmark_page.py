@@ -25,6 +25,12 @@ BUDGET = {
 }
 
 
+@pytest.fixture(autouse=True)
+def present_code(monkeypatch):
+    """The records of these tests belong to the present code."""
+    monkeypatch.setattr(page, "code_digest", lambda op: "0" * 16)
+
+
 def quantiles(middle):
     return {"p20": 0.9 * middle, "p50": middle, "p80": 1.1 * middle}
 
@@ -117,6 +123,14 @@ def test_cpu_records_are_ratios_only(checkout):
     assert rows[0].endswith("| forward | 0.80 (0.72 to 0.88) |")
     assert "Milliseconds" not in text
     assert "No GPU has measured this operation" in text
+
+
+def test_records_of_earlier_code_are_called_so(checkout, monkeypatch):
+    store(checkout, gpu=False)
+    note = "The operation's code or the method has changed since."
+    assert note not in page.benchmark_page(checkout)
+    monkeypatch.setattr(page, "code_digest", lambda op: "1" * 16)
+    assert f"2026-11-22. {note} Not measured" in page.benchmark_page(checkout)
 
 
 def test_gpu_records_have_time_roofline_memory_and_all_numbers(checkout):

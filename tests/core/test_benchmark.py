@@ -60,6 +60,17 @@ def test_interleaving_respects_its_round_limit():
     assert len(samples["only"]) == 7
 
 
+def test_parts_take_turns_and_implementations_keep_apart():
+    made = []
+    calls = {name: [lambda n=name, i=i: made.append((n, i)) for i in range(8)] for name in ("a", "b")}
+    benchmark.interleaved_seconds(calls, Clock(CPU), budget=60, warm_up=0, rounds=7, parts=4)
+    turns = [made[i : i + 4] for i in range(0, len(made), 4)]
+    assert [turn[0] for turn in turns[:5]] == [("a", 0), ("a", 2), ("a", 4), ("a", 6), ("a", 0)]
+    # The other one is half a rotation behind, and all sets are used equally often.
+    assert [turn[2] for turn in turns[:3]] == [("b", 4), ("b", 6), ("b", 0)]
+    assert {made.count((name, i)) for name in "ab" for i in range(8)} == {2}
+
+
 def test_rotation_exceeds_the_cache(monkeypatch):
     monkeypatch.setattr(benchmark, "cache_bytes", lambda device: 600)
     sets = list(benchmark.rotated_inputs(make_workload(), CPU, seed=0))

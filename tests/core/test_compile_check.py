@@ -31,9 +31,14 @@ def test_kernels_keep_their_budget(op):
 
 
 @pytest.mark.parametrize("op", WITH_KERNEL)
-def test_budgets_cover_two_generations(op):
+def test_budgets_cover_three_generations_in_both_directions(op):
     kernels = budget_of(op)["kernels"]
-    assert {"sm_80", "sm_90"} <= {key.rpartition(" ")[2] for key in kernels}
+    programs = {
+        arch: {key.split()[-2] for key in kernels if key.endswith(f" {arch}")} for arch in ("sm_80", "sm_90", "sm_100")
+    }
+    assert all(programs.values())
+    assert len(programs["sm_100"]) > 1
+    assert programs["sm_100"] <= programs["sm_90"]
 
 
 def test_no_oqc_budget_allows_a_spill():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import time
@@ -60,6 +61,28 @@ def test_every_op_declares_workloads_with_sensible_costs():
                 smallest = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
                 assert workload.forward.bytes >= smallest
                 assert workload.backward.bytes >= workload.forward.bytes
+
+
+def test_a_gpu_run_is_small_enough_for_ten_minutes_and_for_the_references_memory():
+    """About ten seconds a workload, most of them compilation; five matrices per head in float64 beside the truth."""
+    declared = benchmark.declared_workloads([], torch.device("cuda"), quick=False)
+    assert len(declared) <= 60
+    for workload in declared:
+        shape = workload.shape
+        if "width" in shape and "heads" in shape:
+            pairs = shape["batch"] * shape["heads"] * shape.get("tokens", shape.get("keys")) ** 2
+            assert 10 * 8 * pairs < 100e9, f"{workload.op} {shape}: the reference would not fit 141 GB"
+
+
+def test_what_a_gpu_has_to_beat_is_declared():
+    declared = benchmark.declared_workloads([], torch.device("cuda"), quick=False)
+    named = {workload.op.partition(".")[0]: set() for workload in declared}
+    for workload in declared:
+        named[workload.op.partition(".")[0]] |= set(workload.peers)
+        assert set(workload.strangers) <= set(workload.peers)
+    assert "cut-cross-entropy" in named["linear_logp"] & named["cut_cross_entropy"]
+    assert "liger-kernel" in named["polycom"] & named["two_pass_softmax"]
+    assert "flash-linear-attention" in named["lucid"]
 
 
 def test_an_unknown_op_is_named():
@@ -143,6 +166,25 @@ def test_a_wrong_implementation_is_reported_after_timing(workload, tmp_path, mon
     problems = {record["implementation"]: record["problem"] for record in records}
     assert problems["eager"] is None
     assert "on a new seed exceeds" in problems["kernel"]
+
+
+def test_another_function_is_timed_and_not_checked(workload, tmp_path, monkeypatch):
+    use(monkeypatch, eager=workload.reference, cube=lambda x: x**3)
+    stranger = dataclasses.replace(workload, peers={"cube": None}, strangers=("cube",))
+    path, records = measured(stranger, tmp_path)
+    assert {record["problem"] for record in records} == {None}
+    cubes = [record["error"] for record in records if record["implementation"] == "cube"]
+    assert cubes == [{"forward": None, "backward": None}] * 3
+    assert measured(dataclasses.replace(stranger, strangers=()), tmp_path, resume=False)[1][-1]["problem"]
+
+
+def test_bounds_follow_the_longest_sum_and_the_products(workload):
+    plain, *others = (
+        benchmark.error_bounds(dataclasses.replace(workload, **change), {"forward": 1e-7})["forward"]
+        for change in ({}, {"summed": 4096}, {"dot": True})
+    )
+    assert plain == pytest.approx(3e-7 + 1e-6)
+    assert others == pytest.approx([3e-7 + 2e-6, 3e-7 + 1e-5])
 
 
 def test_faster_than_the_roofline_is_an_error(workload):

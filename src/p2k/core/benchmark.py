@@ -43,7 +43,10 @@ class Workload:
         forward: cost of the forward pass, as the fused form moves it.
         backward: cost of the backward pass.
         peers: further implementations by name.
+        strangers: names among `peers` of what computes another function of the same inputs: timed, not checked.
         passes: which of `PASSES` are measured.
+        summed: terms behind the longest sum in a value or gradient; 0 means the longest axis.
+        dot: the op multiplies matrices, on a GPU in split TF32 where they are float32.
         cached: the inputs are to be found in the cache: one input set is used again and again. Otherwise sets are
             rotated, so that every call reads its inputs from memory.
     """
@@ -57,7 +60,10 @@ class Workload:
     forward: Cost
     backward: Cost
     peers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    strangers: tuple[str, ...] = ()
     passes: tuple[str, ...] = PASSES
+    summed: int = 0
+    dot: bool = False
     cached: bool = False
 
     def cost(self, pass_name: str) -> Cost:
@@ -140,28 +146,38 @@ def interleaved_seconds(
     budget: float,
     warm_up: float = 0.2,
     rounds: int = 100,
+    parts: int = 1,
 ) -> dict[str, list[float]]:
     """Time several implementations in turn, so that drift of the machine hits all of them alike.
 
-    Each entry of `calls` holds one call per rotated input set. For `warm_up` seconds nothing is recorded. Stops after
-    `rounds`, or when `budget` seconds per implementation are spent (at least five rounds), or when the medians are
-    known to one per cent.
+    Each entry of `calls` holds one call per rotated input set. A round makes all of them, or with `parts` one part of
+    them, the next round the next part. For `warm_up` seconds nothing is recorded. Stops after `rounds`, or when
+    `budget` seconds per implementation are spent (at least five rounds), or when the medians are known to one per cent.
     """
-    start = time.perf_counter()
+    start, turn = time.perf_counter(), 0
     while True:
-        for implementation in calls.values():
-            clock.seconds(implementation)
+        for place, implementation in enumerate(calls.values()):
+            clock.seconds(_part(implementation, turn, place / len(calls), parts))
+        turn += 1
         if time.perf_counter() - start >= warm_up:
             break
     samples: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(1, rounds + 1):
-        for name, implementation in calls.items():
-            samples[name].append(clock.seconds(implementation))
+        for place, (name, implementation) in enumerate(calls.items()):
+            samples[name].append(clock.seconds(_part(implementation, turn + done - 1, place / len(calls), parts)))
         settled = done >= 20 and all(_relative_error_of_median(values) < 0.01 for values in samples.values())
         if settled or (done >= 5 and time.perf_counter() - start > budget * len(calls)):
             break
     return samples
+
+
+def _part(calls: Sequence[Callable], turn: int, place: float, parts: int) -> Sequence[Callable]:
+    """The calls of one turn. `place` in [0, 1) keeps implementations apart: none finds what another has just read."""
+    size = -(-len(calls) // parts)
+    parts = -(-len(calls) // size)
+    start = (turn + int(place * parts)) % parts * size
+    return calls[start : start + size]
 
 
 def _relative_error_of_median(values: list[float]) -> float:

@@ -13,17 +13,17 @@ from torch import Tensor
 from p2k.core.benchmark import Cost, Workload
 from p2k.ops.attention_entropy import attention_entropy
 
-# (batch, heads, tokens, head width): BERT's sizes, then longer rows.
-SIZES = [(32, 12, 128, 64), (32, 12, 512, 64), (8, 16, 2048, 64), (2, 16, 8192, 128)]
+# (batch, heads, tokens, head width): BERT's sizes, then longer rows, as many as leave the reference its n x n matrices.
+SIZES = [(32, 12, 128, 64), (32, 12, 512, 64), (8, 16, 2048, 64), (1, 8, 8192, 128)]
 SIZES_CPU = [(4, 4, 64, 32), (2, 4, 512, 64)]
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
-    """Workloads for a device, small ones first; `quick` keeps one."""
+    """Workloads for a device, small ones first, one in float32 on a GPU; `quick` keeps one."""
     cuda = device.type == "cuda"
-    sizes = SIZES if cuda else SIZES_CPU
-    dtypes = [torch.bfloat16, torch.float32] if cuda and not quick else [torch.bfloat16 if cuda else torch.float32]
-    return [_attention(size, dtype, cuda) for dtype in dtypes for size in (sizes[:1] if quick else sizes)]
+    sizes, dtype = (SIZES if cuda else SIZES_CPU)[: 1 if quick else None], torch.bfloat16 if cuda else torch.float32
+    found = [_attention(size, dtype, cuda) for size in sizes]
+    return found + [_attention(size, torch.float32, cuda) for size in SIZES[1:2] if cuda and not quick]
 
 
 def _attention(size: tuple[int, int, int, int], dtype: torch.dtype, fused: bool) -> Workload:
@@ -45,4 +45,5 @@ def _attention(size: tuple[int, int, int, int], dtype: torch.dtype, fused: bool)
         forward=Cost(bytes=4 * operand + 8 * rows, flops=2 * product),
         backward=Cost(bytes=8 * operand + 8 * rows, flops=5 * product),
         peers={"sdpa": F.scaled_dot_product_attention},
+        dot=True,
     )

@@ -20,7 +20,7 @@ def load() -> dict:
 
 def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
-    yield "bf16 exact", (80, 90), _call(torch.bfloat16)
+    yield "bf16 exact", (80, 90, 100), _call(torch.bfloat16)
     options = {"epsilon": 2.0**-12, "sort": True, "softcap": 30.0, "bias": True}
     yield "bf16 filtered, sorted, capped", (80, 90), _call(torch.bfloat16, **options)
     yield "fp32 filtered, sorted", (80, 90), _call(torch.float32, epsilon=2.0**-28, sort=True)

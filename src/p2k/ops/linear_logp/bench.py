@@ -25,15 +25,15 @@ def cut_cross_entropy_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> Te
     """Apple's kernel without its filter, which leaves out small gradients."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="cce_exact")
+    return -linear_cross_entropy(hidden, weight, target, reduction="none", filter_eps=None)
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
-    """Workloads for a device, small ones first; `quick` keeps one."""
+    """Workloads for a device, small ones first, one in float32 on a GPU; `quick` keeps one."""
     cuda = device.type == "cuda"
-    sizes = SIZES if cuda else SIZES_CPU
-    dtypes = [torch.bfloat16, torch.float32] if cuda and not quick else [torch.bfloat16 if cuda else torch.float32]
-    return [_head(*size, dtype, cuda) for dtype in dtypes for size in (sizes[:1] if quick else sizes)]
+    sizes, dtype = (SIZES if cuda else SIZES_CPU)[: 1 if quick else None], torch.bfloat16 if cuda else torch.float32
+    found = [_head(*size, dtype, cuda) for size in sizes]
+    return found + [_head(*size, torch.float32, cuda) for size in SIZES[1:2] if cuda and not quick]
 
 
 def _head(tokens: int, vocab: int, dim: int, dtype: torch.dtype, fused: bool) -> Workload:
@@ -55,6 +55,7 @@ def _head(tokens: int, vocab: int, dim: int, dtype: torch.dtype, fused: bool) ->
         forward=Cost(bytes=operands * dtype.itemsize + 8 * logits, flops=2 * logits * dim),
         backward=Cost(bytes=3 * operands * dtype.itemsize + (12 + 2 * dtype.itemsize) * logits, flops=6 * logits * dim),
         peers={"chunked": lambda *inputs: linear_logp(*inputs, backend="torch").logp} | others,
+        dot=True,
     )
 
 

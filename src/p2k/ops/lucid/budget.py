@@ -19,9 +19,9 @@ def load() -> dict:
 
 def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
-    yield "forward 64 masked", (80, 90), _call(64, masked=True)
-    yield "backward 64 masked", (80, 90), _call(64, masked=True, backward=True)
-    yield "backward 128", (80, 90), _call(128, backward=True)
+    yield "forward 64 masked", (80, 90, 100), _call(64, masked=True)
+    yield "backward 64 masked", (80, 90, 100), _call(64, masked=True, backward=True)
+    yield "backward 128", (80, 90, 100), _call(128, backward=True)
 
 
 def _call(width: int, *, masked: bool = False, backward: bool = False) -> Callable:

@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Rows of a block, tiles of features and of value columns, and warps of the inverse and the substitution.
 SUBSTITUTE = (64, 32, 32, 4)
 # Rows of a block and warps of the gradient of the keys, by the wider of the two padded widths.
-GRADIENT = {64: (32, 4), 128: (16, 4)}
+GRADIENT = {64: (32, 8), 128: (16, 4)}
 
 
 @triton.jit

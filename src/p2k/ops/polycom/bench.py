@@ -1,7 +1,7 @@
 """Sizes at which PolyNorm and PolyReLU are measured, with what the fused form moves and computes.
 
 Bytes are those of the fused kernels: forward reads x and writes the result, backward reads the gradient and x and
-writes dx; PolyNorm keeps four float32 numbers per token.
+writes dx; PolyNorm keeps four float32 numbers per token. The gradient of the bias sums over all elements.
 """
 
 import torch
@@ -36,6 +36,7 @@ def _norm(tokens: int, width: int, dtype: torch.dtype, fused: bool) -> Workload:
         forward=Cost(bytes=2 * moved + 16 * tokens, flops=14 * tokens * width),
         backward=Cost(bytes=3 * moved + 16 * tokens, flops=28 * tokens * width),
         peers=_liger() if fused else {},
+        summed=tokens * width,
     )
 
 
@@ -50,6 +51,7 @@ def _relu(tokens: int, width: int, dtype: torch.dtype, fused: bool) -> Workload:
         reference=lambda *inputs: poly_relu(*inputs, backend="torch"),
         forward=Cost(bytes=2 * moved, flops=7 * tokens * width),
         backward=Cost(bytes=3 * moved, flops=13 * tokens * width),
+        summed=tokens * width,
     )
 
 
@@ -63,8 +65,8 @@ def _inputs(tokens: int, width: int):
 
 def _liger() -> dict:
     """Liger's PolyNorm, whose weights run from the cubic down."""
-    found = peer("liger-kernel", "liger_kernel.ops.poly_norm:LigerPolyNormFunction")
+    found = peer("liger-kernel", "liger_kernel.ops.poly_norm:LigerPolyNormFunction.apply")
     return {
-        name: lambda x, weight, bias, call=function: call.apply(x, weight.flip(0), bias, 1e-6, False)
+        name: lambda x, weight, bias, call=function: call(x, weight.flip(0), bias, 1e-6, False)
         for name, function in found.items()
     }

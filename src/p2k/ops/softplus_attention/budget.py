@@ -23,7 +23,7 @@ def load() -> dict:
 def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
     for kind, power in POWERS.items():
-        yield f"{kind} bf16 64 causal", (80, 90), _call(64, torch.bfloat16, power)
+        yield f"{kind} bf16 64 causal", (80, 90) if power else (80, 90, 100), _call(64, torch.bfloat16, power)
         yield f"{kind} bf16 128 causal", (80, 90) if power else (90,), _call(128, torch.bfloat16, power)
         yield f"{kind} fp32 64 causal", (90,), _call(64, torch.float32, power)
     yield "plain bf16 64 bool mask", (90,), _call(64, torch.bfloat16, None, masked=True)

@@ -17,11 +17,11 @@ SIZES_CPU = [(1024, 113), (1024, 4096)]
 
 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
-    """Workloads for a device, small ones first; `quick` keeps one."""
+    """Workloads for a device, small ones first, one in float32 on a GPU; `quick` keeps one."""
     cuda = device.type == "cuda"
-    sizes = (SIZES if cuda else SIZES_CPU)[: 1 if quick else None]
-    dtypes = [torch.bfloat16, torch.float32] if cuda and not quick else [torch.bfloat16 if cuda else torch.float32]
-    return [_loss(*size, dtype, cuda) for dtype in dtypes for size in sizes]
+    sizes, dtype = (SIZES if cuda else SIZES_CPU)[: 1 if quick else None], torch.bfloat16 if cuda else torch.float32
+    found = [_loss(*size, dtype, cuda) for size in sizes]
+    return found + [_loss(*size, torch.float32, cuda) for size in SIZES[2:3] if cuda and not quick]
 
 
 def _loss(tokens: int, classes: int, dtype: torch.dtype, fused: bool) -> Workload:
@@ -41,4 +41,5 @@ def _loss(tokens: int, classes: int, dtype: torch.dtype, fused: bool) -> Workloa
         forward=Cost(bytes=elements * dtype.itemsize + 24 * tokens, flops=14 * elements),
         backward=Cost(bytes=2 * elements * dtype.itemsize + 24 * tokens, flops=8 * elements),
         peers={"softmax": lambda logits, target: F.cross_entropy(logits.float(), target, reduction="none")},
+        strangers=("softmax",),
     )

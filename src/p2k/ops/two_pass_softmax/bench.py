@@ -6,6 +6,7 @@ import statistics
 import torch
 
 from p2k.core.benchmark import Clock, Cost, Workload, interleaved_seconds
+from p2k.core.peers import peer
 from p2k.core.seeding import generator
 from p2k.ops.two_pass_softmax import native, registration, two_pass_softmax
 
@@ -20,8 +21,9 @@ ROWS = [(128, 1024), (4096, 4096), (4096, 16384), (4096, 32768), (4096, 65536), 
 def workloads(device: torch.device, *, quick: bool) -> list[Workload]:
     """Workloads for a device, small ones first; none on a CPU where the native code cannot be built."""
     if device.type == "cuda":
-        sizes = ROWS[1:2] if quick else ROWS
-        return [_rows(*size, dtype) for size in sizes for dtype in (torch.bfloat16, torch.float32)]
+        wide = [ROWS[1], ROWS[5]][: 1 if quick else None]
+        half = ROWS[1:2] if quick else ROWS
+        return [_rows(*size, dtype) for dtype, rows in ((torch.bfloat16, half), (torch.float32, wide)) for size in rows]
     if native.why_not_native() is not None:
         return []
     cached, large = (CACHED[1:2], LARGE[:1]) if quick else (CACHED, LARGE)
@@ -40,7 +42,8 @@ def _rows(rows: int, columns: int, dtype: torch.dtype) -> Workload:
         reference=lambda x: torch.softmax(x, -1),
         forward=Cost(bytes=2 * elements * dtype.itemsize, flops=30 * elements),
         backward=Cost(bytes=3 * elements * dtype.itemsize, flops=4 * elements),
-        peers={name: functools.partial(registration.softmax, program=name) for name in ("online", "three_pass")},
+        peers={name: functools.partial(registration.softmax, program=name) for name in ("online", "three_pass")}
+        | peer("liger-kernel", "liger_kernel.ops.softmax:LigerSoftmaxFunction.apply"),
     )
 
 

@@ -27,12 +27,14 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
     for name, widths in WIDTHS.items():
         for width in widths:
-            yield f"{name} {width}", (80, 90), _forward(width, DTYPES[name], "pair")
+            archs = (80, 90, 100) if (name, width) == ("fp32", 4096) else (80, 90)
+            yield f"{name} {width}", archs, _forward(width, DTYPES[name], "pair")
             for program in ("online", "three_pass") if name == "fp32" else ():
                 yield f"{name} {width}", (90,), _forward(width, DTYPES[name], program)
     for name, widths in BACKWARD.items():
         for width in widths:
-            yield f"{name} {width}", (80, 90), _backward(width, DTYPES[name])
+            archs = (80, 90, 100) if (name, width) == ("bf16", 16384) else (80, 90)
+            yield f"{name} {width}", archs, _backward(width, DTYPES[name])
 
 
 def _forward(width: int, dtype: torch.dtype, program: str) -> Callable:
