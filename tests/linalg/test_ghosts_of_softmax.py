@@ -128,6 +128,9 @@ def test_third_moment_and_kl_bounds_hold_and_are_tight():
     half = t**2 / 2 * (p * centred**2).sum(-1)
     bound = ghosts.kl_remainder_bound(spread, t)
     assert ((divergence - half).abs() <= bound + SMALL).all()
+    backward = (q.softmax(-1) * (q.log_softmax(-1) - z.log_softmax(-1))).sum(-1)
+    assert ((backward - half).abs() <= 2 * bound + SMALL).all()
+    assert ((backward - half).abs() > bound).any()  # The two directions do not share a constant.
     sharp = (3 - math.sqrt(3)) / 6
     share = torch.tensor([sharp, 1 - sharp], dtype=torch.float64)
     unit = torch.tensor([1.0, 0.0], dtype=torch.float64)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from p2k.core.errors import P2KError
 from p2k.core.mutation import Mutant, survivors
@@ -70,6 +72,15 @@ def test_nearest_is_nearest_among_all(classes):
         box = complex(-reach, 0.99 * bound), complex(reach, reach)
         found = finder.zeros_in_box(finder.partition(z[row], a[row]), box, spacing=bound / 3)
         assert abs(found[0].abs() - near[row].abs()) < 1e-9 * reach
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes=st.integers(2, 12), scale=st.floats(0.01, 6.0), seed=st.integers(0, 999))
+def test_any_line_has_a_zero_and_the_strip_has_none(classes, scale, seed):
+    z, a = lines(2, classes, seed=seed)
+    near = finder.nearest_zeros(scale * z, a)
+    assert relative_partition(scale * z, a, near[:, None]).abs().max() < 1e-11  # Newton ends at rounding of the step
+    assert (near.imag >= radius_bound(a) * (1 - 1e-12)).all()
 
 
 def test_the_slow_search_agrees_with_newton():

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from p2k.core.seeding import generator
 from p2k.core.tolerance import assert_as_good_as, tolerance
@@ -106,6 +108,26 @@ def test_neither_scale_nor_shift_matters(a, b, scale, shift):
     # Storing o + shift rounds o at the size of the shift.
     lost = EXACT * (1 + abs(shift) / scale)
     torch.testing.assert_close(moved, base, rtol=lost, atol=lost)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    classes=st.integers(1, 40),
+    items=st.integers(0, 5),
+    scale=st.floats(1e-3, 1e3),
+    shift=st.floats(-10, 10),
+    seed=st.integers(0, 999),
+)
+def test_any_shape_scale_and_shift(classes, items, scale, shift, seed):
+    o, c = outputs(items, classes, seed=seed).requires_grad_(), labels(items, classes, seed=seed + 1)
+    options = {"sharpness": 1.0, "location": 1.0, "reduction": "none"}
+    loss = z_loss(o, c, **options)
+    lost = EXACT * (1 + abs(shift) / scale)  # storing o + shift rounds o at the size of the shift
+    torch.testing.assert_close(z_loss(scale * o + shift, c, **options), loss, rtol=lost, atol=lost)
+    slope = gradient(loss.sum(), o)
+    small = 10 * EXACT * (1 + slope.abs().sum().item())
+    assert slope.sum(-1).abs().sum() <= small
+    assert (slope * o).sum(-1).abs().sum() <= small * (1 + o.abs().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

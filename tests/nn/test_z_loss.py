@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from p2k.core.errors import P2KError
@@ -108,6 +110,18 @@ def test_small_sizes(classes, width):
             _, _, W = dense_step(W, h, c, taylor, 0.1)
             factored_step(layer, h, c, taylor, 0.1)
     assert relative(layer.weight, W) < EXACT
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes=st.integers(1, 12), width=st.integers(1, 7), items=st.integers(0, 9), seed=st.integers(0, 999))
+def test_any_size_of_layer_and_batch(classes, width, items, seed):
+    layer = make(classes, width, seed)
+    h, c = next(batches(1, items, classes, width, seed + 1))
+    value, back, after = dense_step(layer.weight, h, c, taylor, 0.05)
+    got, got_back = factored_step(layer, h, c, taylor, 0.05)
+    torch.testing.assert_close(got, value, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(got_back, back, rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(layer.weight, after, rtol=EXACT, atol=EXACT)
 
 
 def test_repeated_targets_in_one_batch():

@@ -305,6 +305,70 @@ def test_what_is_not_finite_raises_and_puts_the_parameters_back():
         assert torch.equal(values(module), start)
 
 
+def test_a_step_that_is_nan_behind_parameters_that_stand_still_is_refused():
+    module, (images, labels) = network(), batch()
+    controller = control.RadiusController(torch.optim.SGD(module.parameters(), lr=1.0), module)
+    start = values(module)
+    backward(module, images, labels)
+    for p in module.parameters():
+        p.grad.zero_()
+    module[2].bias.grad.fill_(math.nan)
+    with pytest.raises(P2KError, match="not finite"):
+        controller.step(inputs=images)
+    assert torch.equal(values(module), start)
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+def test_two_numbers_are_fetched_from_the_device_at_any_depth(depth, monkeypatch):
+    images, labels = batch()
+    module = nn.Sequential(*[nn.Linear(5, 5, dtype=torch.float64) for _ in range(depth)])
+    backward(module, images, labels)
+    controller = control.RadiusController(torch.optim.SGD(module.parameters(), lr=1.0), module)
+    fetched, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: fetched.append(1) or item(tensor))
+    controller.step(inputs=images)
+    assert len(fetched) == 2
+
+
+@pytest.mark.parametrize("measure", [control.logit_change, control.logit_change_by_difference])
+def test_tied_parameters_move_together_in_the_measure(measure):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(4, 3), nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Tied().double()
+    tokens, start = torch.tensor([0, 1, 3, 2]), values(module)
+    backward(module, tokens, torch.tensor([1, 2, 0, 3]))
+    controller = control.RadiusController(torch.optim.SGD(module.parameters(), lr=50.0), module, measure=measure)
+    controller.step(inputs=tokens)
+    assert controller.last_ratio > 1
+    # As in the first test: the check is a difference.
+    assert spread_of(module, start, values(module) - start, tokens) == pytest.approx(math.pi, rel=1e-5)
+
+
+def test_a_state_survives_a_file(tmp_path):
+    module, (images, labels) = network(), batch()
+    controller = control.RadiusController(torch.optim.Adam(module.parameters(), lr=1.0), module, max_ratio=0.5)
+    backward(module, images, labels)
+    controller.step(inputs=images)
+    torch.save(controller.state_dict(), tmp_path / "state.pt")
+    twin = copy.deepcopy(module)
+    second = control.RadiusController(torch.optim.Adam(twin.parameters(), lr=9.0), twin)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for each in (controller, second):
+        backward(each.module, images, labels)
+        each.step(inputs=images)
+    assert second.max_ratio == 0.5
+    assert torch.equal(values(twin), values(module))
+
+
 def test_bad_arguments_are_refused():
     module = network()
     inner = torch.optim.SGD(module.parameters(), lr=1.0)

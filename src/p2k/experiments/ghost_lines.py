@@ -237,7 +237,7 @@ def temperature_onsets(
     """
     found: dict[str, list[float]] = {"raw": [], "radius": [], "rms": []}
     for temperature in temperatures:
-        model = build_mlp(seed=seed, device=data.train[0].device)
+        model = build_mlp(seed=seed, device=data.train[0].device, dtype=data.train[0].dtype)
         train(model, data, seed=seed, steps=steps, temperature=temperature)
         line = descent(model, *(part[:256] for part in data.train), temperature=temperature)
         bound = temperature * line.bound

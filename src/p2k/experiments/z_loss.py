@@ -50,8 +50,9 @@ class Task:
         steps: of training, each on `batch` positions.
         batch: positions per step.
         heldout: contexts on which rankings are scored.
-        body_rate: Adam's learning rate for everything below the output layer, the same in every arm. This rate and
-            the output's fall linearly to 0 over the run.
+        body_rate: Adam's learning rate for everything below the output layer, the same in every arm.
+        final_rate: share of this rate and of the output's that is left at the end of the run, reached linearly,
+            between 0 and 1; 1 is a constant rate.
     """
 
     words: int = 1000
@@ -60,6 +61,7 @@ class Task:
     batch: int = 128
     heldout: int = 512
     body_rate: float = 0.03
+    final_rate: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +106,9 @@ class _Body(nn.Module):
 
     def __init__(self, task: Task, rng: torch.Generator) -> None:
         super().__init__()
-        drawn = torch.randn(2, task.words, task.width, generator=rng, dtype=torch.float32)
+        drawn = torch.randn(2, task.words, task.width, generator=rng, dtype=torch.float64)
         self.embedding = nn.Parameter(drawn / task.width**0.5)
-        self.bias = nn.Parameter(torch.zeros(task.width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(task.width, dtype=torch.float64))
 
     def forward(self, contexts: Int[Tensor, "items 2"]) -> Float[Tensor, "items width+1"]:
         """Hidden vectors."""
@@ -150,10 +152,10 @@ def make_corpus(task: Task, seed: int) -> Corpus:
 def train(
     arm: Arm, setting: Setting, corpus: Corpus, task: Task, *, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, float], float]:
-    """Train once; return the scores, and the norm of the output weight over that at the start."""
+    """Train once in float64; return the scores, and the norm of the output weight over that at the start."""
     rng = generator(corpus.seed)
     body = _Body(task, rng).to(device)
-    output = FactoredOutput(task.width + 1, task.words)
+    output = FactoredOutput(task.width + 1, task.words, dtype=torch.float64)
     output.reset_parameters(rng)
     output.to(device)
     start = output.weight
@@ -162,7 +164,7 @@ def train(
     if dense is not None:
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
         optimizers.append(kinds[arm.output]([dense], lr=setting["rate"], fused=True))
-    decays = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, task.steps) for o in optimizers]
+    decays = [torch.optim.lr_scheduler.LinearLR(o, 1.0, task.final_rate, task.steps) for o in optimizers]
     loss_of, texts = _loss(arm, setting), corpus.texts.to(device)
     for step in range(task.steps):
         h, target = body(texts[:, step : step + 2]), texts[:, step + 2]
@@ -172,7 +174,7 @@ def train(
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        output.step(setting["rate"] * (1 - step / task.steps))
+        output.step(setting["rate"] * (1 - (1 - task.final_rate) * step / task.steps))
         for decay in decays:
             decay.step()
     with torch.no_grad():

@@ -207,9 +207,9 @@ def series_radius(series: Float[Tensor, "*batch terms"], *, tail: int = 20) -> F
 
 
 def kl_remainder_bound(spread: Float[Tensor, "*#batch"], step: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch"]:
-    """``|t|^3 spread^3 / (36 sqrt 3)``: how far a KL divergence may be from half the variance times ``t^2``.
+    """``|t|^3 spread^3 / (36 sqrt 3)``: how far ``KL(p(0) || p(t))`` may be from half the variance times ``t^2``.
 
-    It holds for every real step, inside the radius or not.
+    It holds for every real step, inside the radius or not. Twice this bounds the other direction, ``KL(p(t) || p(0))``.
 
     Args:
         spread: of the slopes, ``>= 0``.
