@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 from p2k.core.errors import BackendUnavailable
@@ -145,8 +146,8 @@ def test_a_row_that_sees_nothing_is_zero_and_passes_no_gradient(attend):
 @every
 def test_one_token(attend):
     q, k, v = qkv(queries=1, keys=1)
-    close(attend(q, k, v), v)
-    close(attend(q, k, v, is_causal=True), v)
+    for options in ({}, {"is_causal": True}):
+        assert torch.equal(attend(q, k, v, **options), v)  # log 1 = 0: the score is 0 times the cosine, the weight 1
 
 
 @every
@@ -279,12 +280,47 @@ def test_any_shape(batch, heads, queries, keys, width):
         close(attend(q, k, v, enable_gqa=True), attend(q, *wide))
 
 
-@pytest.mark.parametrize("attend", [ALL["plain"], ALL["power 15"], ALL["control"]], ids=["plain", "power", "control"])
-def test_compiles_in_one_graph_with_dynamic_lengths(attend):
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (5, 9):
-        inputs = qkv(1, 1, queries=length, keys=length)
-        close(compiled(*inputs, is_causal=True), attend(*inputs, is_causal=True))
+# Plain and power share their masks.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("plain", "causal"),
+        *((name, kind) for name in ("power 15", "control") for kind in ("causal", "bool", "additive")),
+    ],
+)
+def test_compiles_in_one_graph_with_dynamic_lengths_under_every_mask(name, kind):
+    torch._dynamo.reset()
+    attend = ALL[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for length in (5, 9, 7):
+        leaves, up = [x.requires_grad_() for x in qkv(1, 1, queries=length, keys=length)], random(1, 1, length, 6)
+        mask = random(length, length, seed=3)
+        mask = {"bool": mask > 0, "additive": mask.masked_fill(mask < -1, -torch.inf)}.get(kind)
+        if mask is not None:
+            mask[2] = False if kind == "bool" else -torch.inf
+        found, expected = (f(*leaves, mask, is_causal=kind == "causal") for f in (compiled, attend))
+        close(found, expected)
+        assert mask is None or (found[:, :, 2] == 0).all()
+        for x, y in zip(*(torch.autograd.grad(out, leaves, up) for out in (found, expected)), strict=True):
+            close(x, y, 15 * FLOAT64)
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[2]
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_blind_rows_are_zero_in_every_dtype(attend, dtype):
+    leaves = [x.requires_grad_() for x in qkv(width=16, queries=33, keys=40, dtype=dtype)]
+    mask = torch.ones(33, 40, dtype=torch.bool)
+    mask[4], mask[20:, 7:] = False, False
+    for given_mask in (mask, torch.zeros(33, 40, dtype=dtype).masked_fill(~mask, -torch.inf)):
+        out = attend(*leaves, given_mask)
+        assert (out[:, :, 4] == 0).all()
+        gradients = torch.autograd.grad(out.float().sum(), leaves)
+        assert all(x.isfinite().all() for x in (out, *gradients))
+        assert (gradients[0][:, :, 4] == 0).all()
 
 
 BAD = {

@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from p2k.core.mutation import survivors
 from p2k.core.seeding import generator
@@ -231,7 +233,7 @@ def test_uniform_rows_stay_uniform(attend):
 def test_bad_numbers_stay_in_their_row(attend):
     q, k, v = qkv()
     clean = run(attend, [q, k, v])
-    for bad in (torch.nan, torch.inf):
+    for bad in (torch.nan, torch.inf, -torch.inf):
         q = q.clone()
         q[0, 0, 3, 2] = bad
         dirty = run(attend, [q, k, v])
@@ -277,6 +279,38 @@ def test_compile_fullgraph_with_dynamic_lengths(attend):
             for leaves in [[x.detach().requires_grad_() for x in inputs]]
         )
         assert all(map(torch.equal, found, expected))
+
+
+@both
+def test_a_bad_key_stays_with_the_rows_that_see_it(attend):
+    q, k, v = qkv()
+    clean = run(attend, [q, k, v], is_causal=True)[0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        dirty = [q, k.clone(), v]
+        dirty[1][0, 0, 18, 3] = bad  # in the last tile, past the end of all earlier ones
+        found, eager = (run(attend, dirty, is_causal=True, backend=backend)[0] for backend in ("triton", "torch"))
+        assert torch.equal(found[:, :, :18], clean[:, :, :18])
+        assert not found[:, :, 18:].isfinite().any()
+        assert torch.equal(found.isfinite(), eager.isfinite())
+
+
+# The fixture only makes tiles small, and does so once for all examples.
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(0, 2),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    queries=st.integers(1, 35),
+    keys=st.integers(1, 35),
+    widths=st.tuples(st.integers(2, 20), st.integers(1, 20)),
+    kind=st.sampled_from(["none", "causal", "bool"]),
+    power=st.sampled_from([None, 1.0, 5.0]),
+)
+def test_any_shape(batch, heads, queries, keys, widths, kind, power):
+    attend = functools.partial(reweighted_softplus_attention, power=power) if power else softplus_attention
+    shape = {"queries": queries, "keys": keys, "width": widths[0], "value_width": widths[1]}
+    mask = random(batch, 1, queries, keys, seed=5) > 0 if kind == "bool" else None
+    inputs = qkv(batch, heads[0], groups=heads[1], **shape)
+    assert_as_good_as_eager(attend, inputs, mask, is_causal=kind == "causal")
 
 
 def test_planted_bugs_are_caught():

@@ -81,7 +81,7 @@ class RecallConfig:
     bindings: int = 4
     batch_size: int = 16
     steps: int = 200
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1)
     dim: int = 32
     heads: int = 2
     longest: int = 256
@@ -137,21 +137,27 @@ def recall_batch(
     return tokens, bound.gather(1, order)
 
 
+def build_model(config: GPTConfig, seed: int) -> GPT:
+    """A model of this chapter, the same for every attention of one seed.
+
+    Matrices start with variance one over their inputs: the model's own start, 0.02 everywhere, leaves a layer this
+    narrow on a plateau for long. All are drawn from one stream, so that no two share numbers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT(config)
+        for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(model.token_embedding.weight, std=config.dim**-0.5)
+    return model
+
+
 class _Stack:
     """Replicas of one model, each with its own seed and learning rate, as one batch."""
 
     def __init__(self, config: RecallConfig, attention: str, seeds: Sequence[int], device: torch.device) -> None:
         self.config, self.device = config, device
-        models = []
-        for seed in seeds:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = GPT(config.model(attention))
-            # The model's own start, 0.02 for every matrix, leaves a layer this narrow on a plateau for long.
-            for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5, generator=generator(seed))
-            nn.init.normal_(model.token_embedding.weight, std=config.dim**-0.5, generator=generator(seed))
-            models.append(model.to(device))
+        models = [build_model(config.model(attention), seed).to(device) for seed in seeds]
         self.template = models[0]
         self.parameters, self.buffers = stack_module_state(models)
 

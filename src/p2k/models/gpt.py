@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from p2k.ops.attention_entropy import attention_entropy
 from p2k.ops.lucid import lucid_attention
 from p2k.ops.softplus_attention import log_length_attention, reweighted_softplus_attention, softplus_attention
 
@@ -40,6 +41,11 @@ def _build_sdpa(heads: int, head_dim: int) -> Attention:
 @register_attention("lucid")
 def _build_lucid(heads: int, head_dim: int) -> Attention:
     return lucid_attention
+
+
+@register_attention("attention-entropy")
+def _build_attention_entropy(heads: int, head_dim: int) -> Attention:
+    return lambda query, key, value, visible: attention_entropy(query, key, value, visible)[0]
 
 
 # These take torch's arguments, and count the keys a query sees from `visible`.
