@@ -15,6 +15,8 @@ from p2k.losses.registry import get_adv_estimator, get_policy_loss
 
 # verl divides by a sequence's length plus 1e-8, which no float64 tolerance allows.
 CLOSE = {"rtol": 3e-8, "atol": 3e-8}
+# Float32 sums of three or four numbers of order 1, in another order.
+SUMS = {"rtol": 2e-6, "atol": 2e-6}
 ROWS, TOKENS = 8, 5
 
 
@@ -80,8 +82,7 @@ def test_same_group_advantages_as_verl(name):
     rewards, mask, names = rewards_and_names()
     expected, _ = core_algos.get_adv_estimator_fn(name)(rewards.clone(), mask, index=names)
     found, _ = get_adv_estimator(name)(rewards, mask, index=names)
-    # Float32 sums of three or four numbers of order 1, in another order.
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found, expected, **SUMS)
 
 
 def test_dr_grpo_is_verls_grpo_without_the_deviation():
@@ -89,7 +90,7 @@ def test_dr_grpo_is_verls_grpo_without_the_deviation():
     estimator = core_algos.get_adv_estimator_fn("grpo")
     expected, _ = estimator(rewards.clone(), mask, index=names, norm_adv_by_std_in_grpo=False)
     found, _ = get_adv_estimator("dr_grpo")(rewards, mask, index=names)
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found, expected, **SUMS)
 
 
 def test_equal_rewards_give_an_advantage_in_verl_and_none_here():
