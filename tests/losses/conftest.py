@@ -1,5 +1,6 @@
-"""Collect the comparison with TRL where TRL is installed; the package does not need it."""
+"""Collect the comparisons with TRL and verl where these are installed; the package does not need them."""
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("trl") else ["test_trl.py", "test_trl_trainer.py"]
+NEEDS = {"test_trl.py": "trl", "test_trl_trainer.py": "trl", "test_verl.py": "verl"}
+collect_ignore = [name for name, module in NEEDS.items() if importlib.util.find_spec(module) is None]

@@ -95,7 +95,8 @@ def test_options_for_a_loss_that_is_not_entered_raise(verl):
 
 
 def test_a_missing_trainer_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl", None)
+    # The module itself, which another test may have imported where verl is installed.
+    monkeypatch.setitem(sys.modules, MODULE, None)
     monkeypatch.setitem(sys.modules, "trl", None)
     for call in (register_with_verl, lambda: policy_loss_trainer("gopo")):
         with pytest.raises(MissingDependency, match="trainers"):

@@ -167,17 +167,21 @@ def test_08_curvature_in_the_ratio_is_constant(loss):
         close(matrix, 0.7 / (count * size) * torch.eye(count * size, dtype=torch.float64), factor=10)
 
 
-def test_09_gradient_descent_in_ratio_space_contracts():
-    _, old, g = batch(11)
+# A step of 2 / mu = 4 is the edge: below it the distance shrinks, at 4.2 it grows. The last three overshoot, so their
+# targets stay away from zero, where there is no room on the far side.
+@pytest.mark.parametrize(("eta", "spread"), [(0.6, 1.0), (2.5, 0.05), (3.8, 0.05), (4.2, 0.05)])
+def test_09_gradient_descent_in_ratio_space_contracts(eta, spread):
+    _, old, g = batch(11, spread)
     target = 1 + bounded_projection(g, MU)[0]
-    rho = start = torch.full_like(g, 1.7)
-    eta, size = 0.6, g.shape[-1]
+    rho = start = target + 0.2
+    size = g.shape[-1]
     for steps in range(1, 6):
         x = rho.clone().requires_grad_()
         # The mean over the group divides the gradient by its size; the step size is per sample.
         loss = gopo_loss(x.log() + old, old, g, mu=MU, reduction="none")[0]
         rho = rho - eta * size * gradient(loss, x)
         close(rho - target, (1 - eta * MU) ** steps * (start - target), factor=100)
+    assert ((rho - target).abs().amax() < (start - target).abs().amax()) == (eta < 2 / MU)
 
 
 def test_10_slope_in_the_ratio_is_stiffness_times_distance():
@@ -270,6 +274,13 @@ def test_12_on_policy_identities():
         bounded = -gradient(gopo_loss(at, old, g, mu=mu, reduction="none")[0], at)
         close(bounded, (g - water_fill(g, mu)).clamp(min=-mu) / size, factor=10)
         close(bounded.sum(-1), 0.0, factor=100)
+
+
+def test_12_the_stiffness_acts_from_the_second_step_on():
+    logps, old, g = batch(13, spread=0.1)
+    soft, stiff = (gradient(linear_gopo_loss(logps, old, g, mu=mu)[0], logps) for mu in (0.5, 2.0))
+    rho = (logps - old).detach().exp()
+    close(stiff - soft, 1.5 * rho * (rho - 1) / g.numel(), factor=10)
 
 
 def test_13_weighted_target_is_a_distribution_within_pinsker_like_reach():

@@ -29,6 +29,31 @@ def test_it_is_the_mean_over_groups_of_the_mean_over_pairs():
     assert bool((grad[:4][mask[:4]] != 0).all())
 
 
+def test_equal_rewards_make_no_pair_whatever_the_lengths():
+    # In float32 a plain mean over 7 tokens differs from one over 2 in the last bit for half of these advantages.
+    lengths = torch.tensor([7, 2, 3, 5])
+    mask = torch.arange(7) < lengths[:, None]
+    for advantage in torch.rand(50, generator=generator(1)):
+        advantages = torch.stack([advantage, advantage, -advantage, -advantage])[:, None].expand(4, 7)
+        new = torch.zeros(4, 7, requires_grad=True)
+        loss, _ = online_dpo_policy_loss(new.detach(), new, advantages, mask, config={"num_generations": 4})
+        (grad,) = torch.autograd.grad(loss, new)
+        # Four pairs of a winner and a loser, one half each: a winner gets -1/4, and a fifth pair would show.
+        assert torch.equal(grad[:, 0], torch.tensor([-0.25, -0.25, 0.25, 0.25]))
+
+
+def test_an_empty_group_does_not_dilute_and_split_groups_raise():
+    old, new, advantages, mask = batch()
+    loss, _ = online_dpo_policy_loss(old[:4], new[:4], advantages[:4], mask[:4], config=OPTIONS)
+    gone = mask & (torch.arange(8) < 4)[:, None]
+    padded, _ = online_dpo_policy_loss(old, new, advantages, gone, config=OPTIONS)
+    assert torch.equal(padded, loss)
+    whole = {**OPTIONS, "index": list("aaaabbbb")}
+    assert online_dpo_policy_loss(old, new, advantages, mask, config=whole)[0].isfinite()
+    with pytest.raises(ValueError, match="must stand together"):
+        online_dpo_policy_loss(old, new, advantages, mask, config={**OPTIONS, "index": list("abababab")})
+
+
 def test_it_is_registered_and_refuses_what_it_cannot_honour():
     old, new, advantages, mask = batch()
     loss = get_policy_loss("online_dpo")

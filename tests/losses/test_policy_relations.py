@@ -172,7 +172,14 @@ def test_7_padding_changes_nothing_under_any_aggregation(name, mode):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gspo", {}), ("adpo", {}), ("apo", {}), ("gopo", {}), ("gopo", {"ratio_level": "token"})],
+    [
+        ("gspo", {}),
+        ("adpo", {}),
+        ("apo", {}),
+        ("gopo", {}),
+        ("gopo", {"ratio_level": "token"}),
+        ("online_dpo", {}),
+    ],
 )
 def test_7_padding_changes_nothing_for_sequence_and_group_losses(name, options):
     check_padding(name, None, options)

@@ -135,7 +135,9 @@ def gspo_loss(
 
     Options: `clip_ratio` 3e-4, `clip_ratio_low`, `clip_ratio_high` (4e-4 in the paper; short sequences need about
     0.2), `num_items_in_batch` in sequences. Only `seq-mean-token-mean` is defined: all tokens of a sequence share its
-    ratio. Raises as `ppo_clip_loss`, and for any other aggregation.
+    ratio. The gradient is that of the value, as in TRL: with `rollout_is_weights` that differ within a sequence, every
+    token of it gets their mean, where verl's backward pass gives each token its own. Raises as `ppo_clip_loss`, and
+    for any other aggregation.
 
     Source: zheng2025gspo, eq:policy-map-gspo.
     Chapter: policy-map

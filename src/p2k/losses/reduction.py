@@ -68,7 +68,8 @@ def aggregate(
             `seq-mean-token-sum`, the mean over sequences of their sums; `seq-mean-token-sum-norm`, the sum over
             everything divided by `loss_scale_factor`.
         loss_scale_factor: the constant of `seq-mean-token-sum-norm`, usually the longest response in tokens. It has
-            no default, because the padded width would make the loss depend on the padding.
+            no default, because the padded width would make the loss depend on the padding. verl 0.9 also divides by the
+            number of sequences: its factor times that number is ours.
         num_items_in_batch: tokens (`token-mean`) or sequences (`seq-mean-*`) of the whole batch, when this call sees
             a part of it and the parts are summed.
 
