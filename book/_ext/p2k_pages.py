@@ -1,5 +1,7 @@
 """Directives that show the catalogue and the provenance of the stored notebooks as they are at build time."""
 
+import functools
+import hashlib
 from pathlib import Path
 
 from docutils import nodes
@@ -11,12 +13,17 @@ from sphinx.util.docutils import SphinxDirective
 from p2k.book.catalogue import Paper, chapter_status, load_catalogue
 from p2k.book.provenance import Provenance, chapter_digest, read_provenance
 
+# What the directives read: while none of it changes, neither do the pages that they stand on.
+INPUTS = ("book/catalogue.yml", "book/profiles.yml", "book/results", "book/_ext", "notebooks", "src/p2k")
+# Asked again and again within one build.
+computed_status, computed_digest = functools.cache(chapter_status), functools.cache(chapter_digest)
+
 STALE = "The code behind this page has changed since the page was executed: its numbers are those of the older code."
 MISSING = "This page has not been executed yet: it shows no numbers of its own."
 
 
 class LiveDirective(SphinxDirective):
-    """A directive whose page is read again at every build, because what it shows changes outside the page."""
+    """A directive whose page is read again when its inputs change, since what it shows changes outside the page."""
 
     @property
     def root(self) -> Path:
@@ -49,13 +56,13 @@ class LiveDirective(SphinxDirective):
 
     def status(self, slug: str) -> nodes.Node:
         """Return the computed status as a badge."""
-        return badge(chapter_status(self.root, slug))
+        return badge(computed_status(self.root, slug))
 
     def freshness(self, slug: str, record: Provenance | None) -> str:
         """Compare the digest that the notebook carries with the one its code has now."""
         if record is None:
             return "not executed"
-        return "fresh" if record.digest == chapter_digest(self.root, slug, record.profile) else "stale"
+        return "fresh" if record.digest == computed_digest(self.root, slug, record.profile) else "stale"
 
 
 def badge(word: str) -> nodes.Node:
@@ -193,9 +200,21 @@ class ChapterCard(LiveDirective):
         return addnodes.pending_xref("", nodes.literal(short, short), refdoc=self.env.docname, refwarn=True, **options)
 
 
+def inputs_digest(root: Path) -> str:
+    """Hash names and contents of `INPUTS`; compiled Python does not count."""
+    found = [file for name in INPUTS for file in (root / name, *(root / name).rglob("*")) if file.is_file()]
+    digest = hashlib.sha256()
+    for file in sorted(file for file in found if file.suffix != ".pyc"):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def live_pages(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
-    """Name the pages to read again: all that show the catalogue, provenance or the package."""
-    return sorted(getattr(env, "p2k_live", set()) & env.found_docs)
+    """Name the pages to read again where an input has changed: all that show the catalogue, provenance or records."""
+    computed_status.cache_clear()
+    computed_digest.cache_clear()
+    before, env.p2k_inputs = getattr(env, "p2k_inputs", None), inputs_digest(Path(app.srcdir))
+    return [] if env.p2k_inputs == before else sorted(getattr(env, "p2k_live", set()) & env.found_docs)
 
 
 def mend_roles(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:

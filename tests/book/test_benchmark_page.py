@@ -214,7 +214,7 @@ def test_crossover(values, words):
     assert charts.crossover(line) == words
 
 
-def test_the_directive_line_is_replaced_and_the_page_is_read_at_every_build(checkout):
+def test_the_directive_line_is_replaced_and_the_page_follows_the_records(checkout):
     class App:
         srcdir = str(checkout)
         env = type("Env", (), {})()

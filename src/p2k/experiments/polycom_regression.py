@@ -37,7 +37,7 @@ def smooth(x: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
 
 
 def kinked(x: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
-    """|x - y| + max(z, w): piecewise linear, so that a few ReLU units are exact."""
+    """The distance of x from y plus max(z, w): piecewise linear, so that a few ReLU units are exact."""
     return (x[..., 0] - x[..., 1]).abs() + torch.maximum(x[..., 2], x[..., 3])
 
 
