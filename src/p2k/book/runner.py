@@ -120,6 +120,8 @@ def _execute(root: Path, slug: str, parameters: dict, work: Path, target: Path, 
 
     source = str(notebook_path(root, slug))
     options = {"kernel_name": "python3", "cwd": str(work), "execution_timeout": limit}
+    # Written once at the end: papermill's copy after every cell costs seconds, and nobody reads it.
+    options |= {"request_save_on_cell_execute": False, "autosave_cell_every": 0}
     try:
         papermill.execute_notebook(source, str(target), parameters, progress_bar=sys.stderr.isatty(), **options)
     except papermill.PapermillExecutionError as error:
