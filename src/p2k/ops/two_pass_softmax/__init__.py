@@ -20,7 +20,7 @@ def two_pass_softmax(
     """Softmax over the last dimension without subtracting the maximum.
 
     Results hold to a few units of rounding for ``|x| <= 1e5``. Beyond, the kernels' argument reduction loses digits,
-    one or two of them by 1e6, and from 4e6 on they are wrong. Arguments below -1e9 count as ``-inf``.
+    one or two of them by 1e6, and from about 3e6 on they can be wrong. Arguments below -1e9 count as ``-inf``.
     A single column gives 1, up to one rounding with `native` and `triton`, which multiply by a reciprocal.
     ``-inf`` gives 0; a row of only ``-inf``, or one with ``+inf`` or NaN, gives NaN, as in `torch.softmax`.
 
