@@ -12,9 +12,11 @@ SMALL = study.RegressionConfig(hidden=8, batch=16, steps=30, tests=256)
 def test_targets_have_the_shapes_they_are_named_for():
     x = torch.randn(50, 4, generator=generator(0))
     line = x + torch.tensor([0.1, 0.0, 0.0, 0.0])
+    # A difference of float32 values of size ten: a few units of rounding.
     assert torch.allclose(study.smooth(line) - study.smooth(x), 0.1 * x[:, 1], atol=1e-5)
     same_side = (x[:, 0] - x[:, 1]).sign() == (line[:, 0] - line[:, 1]).sign()
     slope = (study.kinked(line) - study.kinked(x))[same_side] / 0.1
+    # Ten times as many after the division by 0.1.
     assert torch.allclose(slope.abs(), torch.ones_like(slope), atol=1e-4)
 
 

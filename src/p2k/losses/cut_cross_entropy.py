@@ -43,8 +43,7 @@ def linear_cross_entropy(  # noqa: PLR0913 - torch's arguments, then the head's,
         label_smoothing: share of the target spread evenly over the vocabulary, in ``[0, 1]``; not with `softcap`.
         z_loss_weight: adds this times the square of log-sum-exp, ``>= 0``.
         softcap: c of ``c tanh(z / c)``, ``> 0``; computed tile by tile.
-        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto` for the paper's, eps / 32
-            of the dtype in which the head is computed, under autocast its.
+        filter_eps: None keeps every gradient; a threshold in ``(0, 1)``, or `auto`: eps of the product's dtype / 32.
         sort_vocab: with a filter, order the vocabulary by mean logit in the backward pass: more tiles are skipped.
         filter_weight: with a filter, False keeps the gradients of `weight` and `bias` whole.
         backend: `auto`, `torch` or `triton`.
