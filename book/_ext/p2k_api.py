@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+from p2k_live import mark_live
 from sphinx.application import Sphinx
 
 # Launchers and jitted programs stand behind the public function of their op; chapters show their source.
@@ -46,9 +47,9 @@ def chapter_objects(root: Path, slug: str) -> list[str]:
 
 def write_reference(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace the line `% p2k-api: <floor>` of a page by a table of what the floor offers and its modules."""
-    source[0] = re.sub(
-        r"^% p2k-api: (\w+)$", lambda match: reference_page(Path(app.srcdir), match[1]), source[0], flags=re.M
-    )
+    if floor := re.search(r"^% p2k-api: (\w+)$", source[0], re.M):
+        mark_live(app.env, docname)
+        source[0] = source[0].replace(floor[0], reference_page(Path(app.srcdir), floor[1]))
 
 
 def reference_page(root: Path, floor: str) -> str:
@@ -64,11 +65,6 @@ def reference_page(root: Path, floor: str) -> str:
         automodule = [f".. automodule:: {name}", "   :members:", "   :ignore-module-all:", "   :show-inheritance:"]
         text += [f"## {name}", "", "```{eval-rst}", *automodule, "```", ""]
     return "\n".join(text)
-
-
-def reference_pages(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
-    """Name the pages to read again at every build: new modules appear on them."""
-    return sorted(docname for docname in env.found_docs if docname.startswith("book/api/"))
 
 
 def link_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
@@ -104,6 +100,5 @@ def _link_source(text: str, pages: set[str]) -> str:
 def setup(app: Sphinx) -> dict:
     """Register the hooks; docstring links come after napoleon, which has priority 500."""
     app.connect("source-read", write_reference)
-    app.connect("env-get-outdated", reference_pages)
     app.connect("autodoc-process-docstring", link_docstring, priority=600)
     return {"version": "1", "parallel_read_safe": False}

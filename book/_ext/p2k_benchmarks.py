@@ -20,6 +20,7 @@ from p2k_charts import (
     subject,
     words,
 )
+from p2k_live import mark_live
 from sphinx.application import Sphinx
 
 from p2k.core.files import write_atomically
@@ -45,7 +46,7 @@ FIELDS = {
 def write_benchmarks(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace the line `% p2k-benchmarks` of a page by what the records and budgets say now."""
     if re.search(r"^% p2k-benchmarks$", source[0], re.M):
-        app.env.p2k_live = getattr(app.env, "p2k_live", set()) | {docname}
+        mark_live(app.env, docname)
         text = benchmark_page(Path(app.srcdir))
         source[0] = re.sub(r"^% p2k-benchmarks$", lambda _: text, source[0], flags=re.M)
 

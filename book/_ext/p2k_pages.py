@@ -1,11 +1,11 @@
 """Directives that show the catalogue and the provenance of the stored notebooks as they are at build time."""
 
 import functools
-import hashlib
 from pathlib import Path
 
 from docutils import nodes
 from p2k_api import chapter_objects
+from p2k_live import mark_live
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -13,8 +13,6 @@ from sphinx.util.docutils import SphinxDirective
 from p2k.book.catalogue import Paper, chapter_status, load_catalogue
 from p2k.book.provenance import Provenance, chapter_digest, read_provenance
 
-# What the directives read: while none of it changes, neither do the pages that they stand on.
-INPUTS = ("book/catalogue.yml", "book/profiles.yml", "book/results", "book/_ext", "notebooks", "src/p2k")
 # Asked again and again within one build.
 computed_status, computed_digest = functools.cache(chapter_status), functools.cache(chapter_digest)
 
@@ -32,7 +30,7 @@ class LiveDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Remember the page, then render."""
-        self.env.p2k_live = getattr(self.env, "p2k_live", set()) | {self.env.docname}
+        mark_live(self.env, self.env.docname)
         return self.render()
 
     def page(self, text: str, docname: str) -> nodes.Node:
@@ -200,21 +198,10 @@ class ChapterCard(LiveDirective):
         return addnodes.pending_xref("", nodes.literal(short, short), refdoc=self.env.docname, refwarn=True, **options)
 
 
-def inputs_digest(root: Path) -> str:
-    """Hash names and contents of `INPUTS`; compiled Python does not count."""
-    found = [file for name in INPUTS for file in (root / name, *(root / name).rglob("*")) if file.is_file()]
-    digest = hashlib.sha256()
-    for file in sorted(file for file in found if file.suffix != ".pyc"):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-def live_pages(app: Sphinx, env: object, added: set, changed: set, removed: set) -> list[str]:
-    """Name the pages to read again where an input has changed: all that show the catalogue, provenance or records."""
+def forget(app: Sphinx) -> None:
+    """Ask again what the last build was told: the inputs may have changed in between."""
     computed_status.cache_clear()
     computed_digest.cache_clear()
-    before, env.p2k_inputs = getattr(env, "p2k_inputs", None), inputs_digest(Path(app.srcdir))
-    return [] if env.p2k_inputs == before else sorted(getattr(env, "p2k_live", set()) & env.found_docs)
 
 
 def mend_roles(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
@@ -231,6 +218,6 @@ def setup(app: Sphinx) -> dict:
         "p2k-chapter-card": ChapterCard,
     }.items():
         app.add_directive(name, directive)
-    app.connect("env-get-outdated", live_pages)
+    app.connect("builder-inited", forget)
     app.connect("html-page-context", mend_roles)
     return {"version": "1", "parallel_read_safe": False}
