@@ -13,6 +13,10 @@ INTERNAL = {"kernel", "registration", "__main__"}
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "core", "book")
 
 
+# The theme's navigation by depth and arguments.
+_navigation: dict = {}
+
+
 def public_modules(root: Path, floor: str) -> list[tuple[str, Path]]:
     """Return (dotted name, file) of every public module on one floor, packages before their modules."""
     source = root / "src"
@@ -97,8 +101,24 @@ def _link_source(text: str, pages: set[str]) -> str:
     return "".join(parts)
 
 
+def share_navigation(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
+    """Draw the navigation beside source code once per depth of folder: no such page is part of it, and it is slow."""
+    if pagename.startswith("_modules/"):
+        depth, draw = pagename.count("/"), context["generate_toctree_html"]
+
+        def drawn(*arguments: object, **options: object) -> object:
+            key = depth, arguments, tuple(sorted(options.items()))
+            if key not in _navigation:
+                _navigation[key] = draw(*arguments, **options)
+            return _navigation[key]
+
+        context["generate_toctree_html"] = drawn
+
+
 def setup(app: Sphinx) -> dict:
     """Register the hooks; docstring links come after napoleon, which has priority 500."""
     app.connect("source-read", write_reference)
     app.connect("autodoc-process-docstring", link_docstring, priority=600)
+    # After the theme, which provides the function that draws.
+    app.connect("html-page-context", share_navigation, priority=900)
     return {"version": "1", "parallel_read_safe": False}

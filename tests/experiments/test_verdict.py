@@ -39,6 +39,8 @@ def test_table_has_gap_interval_and_verdict():
     table = results_table(
         [ResultRow("gain, points", 1.4, interval(1.0, 2.0)), ResultRow("new", None, interval(0.0, 1.0))]
     )
-    assert table.splitlines()[2] == "| gain, points | 1.40 | 1.50 [1.00, 2.00], n = 5 | +0.10 | same direction |"
-    assert table.splitlines()[3].endswith("| – | 0.50 [0.00, 1.00], n = 5 | – | not comparable |")
+    rows = table.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert "[1.00,\N{NO-BREAK SPACE}2.00], n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}5" in table
+    assert rows[2] == "| gain, points | 1.40 | 1.50 [1.00, 2.00], n = 5 | +0.10 | same direction |"
+    assert rows[3].endswith("| – | 0.50 [0.00, 1.00], n = 5 | – | not comparable |")
     assert table._repr_markdown_() == table

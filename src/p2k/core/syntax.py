@@ -1,11 +1,13 @@
 """Python source as data: a canonical form, the modules it imports, and the text without docstrings."""
 
 import ast
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 
+@functools.cache
 def canonical(source: str) -> str:
     """Source as text that ignores layout, comments and docstrings and is equal on all Python versions.
 
@@ -68,6 +70,7 @@ def _dump(node: Any) -> Any:
     return [type(node).__name__, {name: _dump(value) for name, value in sorted(values.items())}]
 
 
+@functools.cache
 def _imports(source: str, inside: str) -> set[str]:
     """Dotted names that a source in package `inside` may import, with the packages above them."""
     try:

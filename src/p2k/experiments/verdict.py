@@ -53,7 +53,9 @@ def results_table(rows: Sequence[ResultRow], *, digits: int = 2) -> Table:
     """Markdown table paper · here · gap · verdict, with means, 95 % intervals and n."""
     lines = ["| quantity | paper | here: mean [95 % interval], n | gap | verdict |", "|---|---|---|---|---|"]
     for row in rows:
-        here = f"{row.here.mean:.{digits}f} [{row.here.low:.{digits}f}, {row.here.high:.{digits}f}], n = {row.here.n}"
+        # No-break spaces keep an interval, and a count with its letter, on one line.
+        interval = f"[{row.here.low:.{digits}f},\N{NO-BREAK SPACE}{row.here.high:.{digits}f}]"
+        here = f"{row.here.mean:.{digits}f} {interval}, n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{row.here.n}"
         paper = "–" if row.paper is None else f"{row.paper:.{digits}f}"
         gap = "–" if row.paper is None else f"{row.here.mean - row.paper:+.{digits}f}"
         lines.append(f"| {row.quantity} | {paper} | {here} | {gap} | {row.verdict} |")
