@@ -16,7 +16,8 @@ from p2k.models import gpt
 
 ROOT = Path(__file__).parents[2]
 # One arm of each kind of loss: per token, per sequence, per group, and with resampling.
-ARM_NAMES = {"apo": ("grpo", "apo-guarded-group"), "gopo": ("gspo", "gopo"), "policy-map": ("grpo", "dapo")}
+ARM_NAMES = {"adpo": ("adpo", "dpo"), "apo": ("grpo", "apo-guarded-group"), "gopo": ("gspo", "gopo")}
+ARM_NAMES["policy-map"] = ("grpo", "dapo")
 EVERY_CHAPTER = pytest.mark.parametrize("slug", sorted(ARM_NAMES))
 
 
