@@ -78,6 +78,22 @@ def test_rotation_exceeds_the_cache(monkeypatch):
     assert not torch.equal(sets[0][0][0], sets[1][0][0])
 
 
+def test_what_the_reference_keeps_counts_as_moved(monkeypatch):
+    def outer(x):
+        return (x[:, None] * x[None, :]).exp().sum()
+
+    x = torch.arange(1.0, 17.0)
+    value, kept = benchmark.kept_bytes(outer, (x,))
+    assert torch.equal(value, outer(x))
+    assert not value.requires_grad
+    # The inputs once, and the table of 16 by 16 that exp keeps.
+    assert kept == 4 * (16 + 16 * 16)
+    workload = make_workload()
+    monkeypatch.setattr(benchmark, "cache_bytes", lambda device: 10 * workload.forward.bytes)
+    monkeypatch.setattr(benchmark, "kept_bytes", lambda function, inputs: (function(*inputs), 10**9))
+    assert len(list(benchmark.rotated_inputs(workload, CPU, seed=0))) == 1
+
+
 def test_a_cached_workload_is_not_rotated():
     cached = dataclasses.replace(make_workload(), cached=True)
     assert len(list(benchmark.rotated_inputs(cached, CPU, seed=0))) == 1

@@ -217,18 +217,33 @@ def rotated_inputs(
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """Input sets and upstream gradients; one set for a cached workload.
 
-    Between two uses of a set the others move more than three times the cache, results included: an op with large
-    results needs few sets.
+    Between two uses of a set the others move more than three times the cache, with what the reference computes and
+    keeps for its backward pass: an op with large results needs few sets.
     """
     source = generator(seed, device)
-    produced = 0
+    moved = 0
     for _ in range(1 if workload.cached else MOST_SETS):
         inputs = workload.make_inputs(source, device, workload.dtype)
-        output = workload.reference(*inputs)
+        output, kept = kept_bytes(workload.reference, inputs)
         yield inputs, torch.randn(output.shape, generator=source, device=device, dtype=output.dtype)
-        produced += workload.forward.bytes
-        if produced > 3 * cache_bytes(device):
+        moved += max(workload.forward.bytes, kept)
+        if moved > 3 * cache_bytes(device):
             return
+
+
+def kept_bytes(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, int]:
+    """Output of one call, without its graph, and the bytes that the graph would keep for the backward pass."""
+    leaves = tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = function(*leaves)
+    return output.detach(), sum(kept.values())
 
 
 def memory_above_inputs(call: Callable[[], object], device: torch.device) -> int | None:
