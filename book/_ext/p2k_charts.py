@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 PASSES = ("forward", "backward", "both")
 WORDS = {"kernel": "the fused code", "eager": "eager torch", "compile": "torch.compile"}
@@ -121,7 +122,11 @@ def draw(panels: dict[str, list[Line]], label: str, *, logarithmic: bool, unit_l
             if not logarithmic:
                 axis.set_ylim(bottom=0)
         axes[-1].set_xlabel("MiB that the pass has to move")
+        # Within a decade or two the powers of ten alone would say too little.
+        low, high = axes[-1].get_xlim()
+        axes[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes[-1].xaxis.set_major_formatter("{x:g}")
+        axes[-1].xaxis.set_minor_formatter(NullFormatter())
         names, handles = zip(*{text: handle for axis in axes for handle, text in _legend(axis)}.items(), strict=True)
         figure.legend(handles, names, loc="outside upper center", ncols=3)
         figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
