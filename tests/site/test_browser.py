@@ -17,7 +17,8 @@ WIDE, NARROW = 1280, 390
 SERIOUS = {"serious", "critical"}
 CONTRAST = {"runOnly": ["color-contrast"]}
 ALL_BUT_CONTRAST = {"rules": {"color-contrast": {"enabled": False}}}
-LINKS = {"runOnly": ["link-in-text-block"]}
+# Beside contrast, what depends on width and colours; the other rules read the same HTML in every view.
+OF_THE_VIEW = {"runOnly": ["link-in-text-block", "scrollable-region-focusable"]}
 TYPESET = """async () => {
   if (window.MathJax?.startup) await MathJax.startup.promise;
   await document.fonts.ready;
@@ -152,10 +153,12 @@ def broken(page: Page) -> list[str]:
 
 def axe_findings(page: Page) -> list[str]:
     """What axe calls serious or critical at both widths, light and dark; most texts of the page are gone after it."""
+    change_view(page, WIDE, "light")
     page.evaluate(FLATTEN)
     found = serious(page, ALL_BUT_CONTRAST)
     change_view(page, NARROW, "dark")
-    found += serious(page, LINKS)
+    page.evaluate(FLATTEN)
+    found += serious(page, OF_THE_VIEW)
     page.evaluate(KEEP_ONE_TEXT_OF_EACH_PLACE)
     for width, mode in ((NARROW, "dark"), (WIDE, "light")):
         change_view(page, width, mode)
