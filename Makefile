@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make book      create .venv, execute stale chapters, render the site"
 	@echo "make test      create .venv, run the test suite"
-	@echo "make test-all  the same, re-running every stored notebook"
+	@echo "make test-all  the same, with every stored notebook and every budget made anew"
 	@echo "make gpu       on a machine with a GPU: run the tests, then the benchmarks"
 	@echo "make serve     serve the site on http://127.0.0.1:8000"
 	@echo "make lint      ruff: check and format"
@@ -36,7 +36,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(STAMP)
-	P2K_ALL_NOTEBOOKS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	P2K_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The records go where the page of benchmarks finds them. The tests do not skip what needs a GPU where there is one.
 OUT ?= book/results/benchmarks/cuda

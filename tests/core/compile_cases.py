@@ -49,6 +49,7 @@ def _thin_dot():
 
 def cases():
     yield "contiguous", (90,), lambda: copy[(1,)](*_vectors(1024), 1, 2.0, BLOCK=1024)
+    yield "again", (90,), lambda: copy[(1,)](*_vectors(1024), 1, 2.0, BLOCK=1024)
     yield "strided", (90,), lambda: copy[(1,)](*_vectors(1024), 3, 2.0, BLOCK=1024)
     yield "product", (80, 90, 100), _fat_dot
     yield "hoard", (90,), lambda: hoard[(1,)](*_vectors(1 << 15), BLOCK=1 << 14, num_warps=1)

@@ -1,7 +1,9 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from moving_slice import EVERY, git, lowest
 
 import p2k.ops
 from p2k.core import compile_check
@@ -9,6 +11,7 @@ from p2k.core.errors import P2KError
 
 OPS = Path(p2k.ops.__path__[0])
 WITH_KERNEL = sorted(path.parent.name for path in OPS.glob("*/kernel.py"))
+WITH_BUDGET = sorted(path.parent.name for path in OPS.glob("*/budget.json"))
 
 
 def budget_of(op):
@@ -21,13 +24,74 @@ def on_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
 
 
+def due(ops, *, commit, every):
+    """Every op whose budget is not current, and one of the others: a compiler would say the same again."""
+    stale = {op for op in ops if not compile_check.is_current(f"p2k.ops.{op}.budget", budget_of(op))}
+    return sorted(ops if every else stale | {lowest(ops, commit)})
+
+
 @pytest.mark.parametrize("op", WITH_KERNEL)
-def test_kernels_keep_their_budget(op):
+def test_every_kernel_has_a_budget(op):
     assert (OPS / op / "budget.py").is_file(), f"ops/{op} has a kernel and no budget: see book/contributing.md"
+    assert budget_of(op)["kernels"]
+
+
+@pytest.mark.parametrize("op", due(WITH_BUDGET, commit=git("rev-parse", "HEAD"), every=EVERY))
+def test_kernels_keep_their_budget(op):
     recorded, measured = budget_of(op), compile_check.measure(f"p2k.ops.{op}.budget")
     problems = compile_check.over_budget(measured["kernels"], recorded["kernels"])
     versions = f"budget measured with {recorded['versions']}, now {measured['versions']}"
     assert not problems, "\n".join([versions, *problems])
+
+
+def test_all_budgets_are_due_in_turn_and_stale_ones_always(monkeypatch):
+    assert due(WITH_BUDGET, commit="a", every=True) == WITH_BUDGET
+    assert {op for commit in map(str, range(100)) for op in due(WITH_BUDGET, commit=commit, every=False)} == {
+        *WITH_BUDGET
+    }
+    monkeypatch.setattr(compile_check, "is_current", lambda module, recorded: ".oqc." not in module)
+    assert all("oqc" in due(WITH_BUDGET, commit=commit, every=False) for commit in "abcdef")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A copy of the package's source that the digest reads."""
+    shutil.copytree(OPS.parents[1], tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    monkeypatch.setattr(compile_check, "__file__", str(tmp_path / "src/p2k/core/compile_check.py"))
+    return tmp_path / "src/p2k"
+
+
+@pytest.mark.parametrize(
+    ("file", "found", "replacement"),
+    [
+        ("ops/oqc/kernel.py", "import triton\n", "import triton\n\nSWITCH = 1\n"),
+        ("ops/oqc/budget.py", "TOKENS = 4096", "TOKENS = 4095"),
+        ("core/machine_code.py", "INSTRUCTION_BYTES = 16", "INSTRUCTION_BYTES = 8"),
+    ],
+)
+def test_a_budget_is_current_until_its_code_changes(checkout, file, found, replacement):
+    recorded = budget_of("oqc")
+    recorded["digest"] = compile_check.digest("p2k.ops.oqc.budget", recorded["kernels"])
+    assert compile_check.is_current("p2k.ops.oqc.budget", recorded)
+    source = (checkout / file).read_text()
+    (checkout / file).write_text(f"# A comment changes nothing.\n{source}")
+    assert compile_check.is_current("p2k.ops.oqc.budget", recorded)
+    assert source.count(found) == 1
+    (checkout / file).write_text(source.replace(found, replacement))
+    assert not compile_check.is_current("p2k.ops.oqc.budget", recorded)
+
+
+@pytest.mark.parametrize("what", ["kernels", "versions", "digest"])
+def test_a_budget_that_was_edited_or_is_of_another_compiler_is_not_current(what):
+    recorded = budget_of("oqc")
+    recorded["digest"] = compile_check.digest("p2k.ops.oqc.budget", recorded["kernels"])
+    if what == "kernels":
+        next(iter(recorded["kernels"].values()))["registers"] += 1
+    elif what == "versions":
+        recorded["versions"]["ptxas"] = "1.0"
+    else:
+        del recorded["digest"]
+    assert not compile_check.is_current("p2k.ops.oqc.budget", recorded)
 
 
 @pytest.mark.parametrize("op", WITH_KERNEL)
@@ -53,6 +117,7 @@ def test_it_sees_spills_and_narrow_loads():
     kernels = compile_check.measure("compile_cases")["kernels"]
     assert kernels["contiguous copy sm_90"]["wide_loads"] > 0
     assert kernels["contiguous copy sm_90"]["spilled_bytes"] == 0
+    assert kernels["again copy sm_90"] == kernels["contiguous copy sm_90"]
     assert kernels["strided copy sm_90"]["wide_loads"] == 0
     spilled = kernels["hoard hoard sm_90"]["spilled_bytes"]
     assert spilled > 0

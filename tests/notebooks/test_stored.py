@@ -1,36 +1,29 @@
 """The stored notebooks run again and their marked outputs come out the same.
 
-All of them while their recorded times add up to at most eight minutes or P2K_ALL_NOTEBOOKS=1; beyond that those
+All of them while their recorded times add up to at most eight minutes or P2K_ALL=1; beyond that those
 changed since main and a tenth of the rest, chosen by the commit's hash.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from moving_slice import EVERY, ROOT, git, number
 
 from p2k.book.catalogue import load_catalogue
 from p2k.book.provenance import read_provenance
 from p2k.book.runner import kernel_environment
 
-ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 480
-
-
-def git(*words: str) -> str:
-    """Output of a git command, empty where there is no repository."""
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def chosen(runs: dict[str, float], *, changed: set[str], commit: str, every: bool) -> list[str]:
     """The chapters to run again: all that fit, else the changed ones and a slice that moves with the commit."""
     if every or sum(runs.values()) <= LIMIT_SECONDS:
         return sorted(runs)
-    draw = {slug: int(hashlib.sha256((commit + slug).encode()).hexdigest(), 16) % 10 for slug in runs}
-    return sorted(slug for slug in runs if slug in changed or draw[slug] == 0)
+    return sorted(slug for slug in runs if slug in changed or number(commit, slug) % 10 == 0)
 
 
 def stored_chapters() -> list[str]:
@@ -38,8 +31,7 @@ def stored_chapters() -> list[str]:
     found = {paper.slug: read_provenance(ROOT, paper.slug) for paper in load_catalogue(ROOT).chapters}
     runs = {slug: run.seconds for slug, run in found.items() if run is not None}
     changed = {Path(name).stem for name in git("diff", "--name-only", "origin/main", "--", "notebooks").splitlines()}
-    every = os.environ.get("P2K_ALL_NOTEBOOKS") == "1"
-    return chosen(runs, changed=changed, commit=git("rev-parse", "HEAD"), every=every)
+    return chosen(runs, changed=changed, commit=git("rev-parse", "HEAD"), every=EVERY)
 
 
 def test_all_run_while_they_fit_and_a_moving_slice_beyond():

@@ -1,21 +1,23 @@
 """Compile Triton kernels for GPUs that are not there, and read what they would use.
 
-No driver is touched: Triton's wheel brings ptxas and cuobjdump. It proves that a kernel compiles, and with how many
-registers, spilled bytes, 128-bit loads and tensor-core instructions; it says nothing about its numbers or its speed.
+No driver is touched. It proves that a kernel compiles, and with how many registers, spilled bytes, 128-bit loads and
+tensor-core instructions; it says nothing about its numbers or its speed.
 Triton must not be in interpreter mode, so `measure` asks a fresh process:
 
     python -m p2k.core.compile_check p2k.ops.oqc.budget
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -24,23 +26,14 @@ import torch
 from p2k.core.checks import require
 from p2k.core.device import version_of
 from p2k.core.errors import P2KError
+from p2k.core.machine_code import Program, inspect, machine_code_of, run_tool
+from p2k.core.syntax import canonical, import_closure
 
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """What one thread or one program of a compiled kernel uses."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    wide_loads: int
-    tensor_core: int
-
+COMPILATION = ("always_compile", "disable_line_info")
 
 # More of these is better, more of the others is worse.
 GAINS = ("wide_loads", "tensor_core")
@@ -95,7 +88,7 @@ def _type(value) -> str:
     return "i32" if abs(value) < 2**31 else "i64"
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
+def compile_launch(launch: Launch, arch: int) -> Program:
     """Compile one recorded launch for compute capability `arch` (80, 90, 100).
 
     Raises:
@@ -106,41 +99,29 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
     source = ASTSource(launch.function, launch.signature, launch.constants, attributes)
+    report = io.StringIO()
     try:
-        compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+        with _verbose_assembler(), contextlib.redirect_stdout(report):
+            compiled = compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     except Exception as error:
         cause = error.__cause__ or error
         raise P2KError(f"{launch.function.__name__} does not compile for sm_{arch}: {cause}") from error
-    return _inspect(compiled.asm["ptx"], compiled.metadata.shared, arch)
+    target = re.search(r"\.target\s+sm_(\w+)", compiled.asm["ptx"]).group(1)
+    return Program(report.getvalue(), compiled.metadata.shared, target, machine_code_of(compiled.asm["cubin"]))
 
 
-def _inspect(ptx: str, shared: int, arch: int) -> Resources:
-    """Assemble PTX verbosely and count the wide loads and matrix products of the machine code."""
-    import triton
+@contextlib.contextmanager
+def _verbose_assembler():
+    """Let Triton print what ptxas says, and never take a kernel from its cache, which keeps no such report.
 
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        assembler = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-        report = _output(assembler, "-v", f"--gpu-name={target}", source, "-o", binary)
-        machine_code = _output(tools / "cuobjdump", "-sass", binary)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
-    registers = re.search(r"Used (\d+) registers", report).group(1)
-    # A load of 128 bits or, from Blackwell on, 256.
-    wide = re.findall(r"\bLDG\.E\S*\.(?:128|256)\b", machine_code)
-    # Matrix products per generation: HMMA and IMMA, HGMMA from Hopper, UTCHMMA and its kin from Blackwell.
-    matrix = re.findall(r"\b(?:[HIDQ]G?MMA|UTC\w*MMA)\b", machine_code)
-    return Resources(int(registers), sum(map(int, spills)), shared, len(wide), len(matrix))
+    Debug lines are left out: they take a tenth of the time and change no instruction.
+    """
+    from triton import knobs
 
-
-def _output(*command) -> str:
-    """Standard output and error of a command that must succeed."""
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if result.returncode:
-        raise P2KError(f"{Path(str(command[0])).name} failed: {result.stderr.strip()}")
-    return result.stdout + result.stderr
+    with contextlib.ExitStack() as stack:
+        for group, knob in ((knobs.nvidia, "dump_ptxas_log"), *((knobs.compilation, name) for name in COMPILATION)):
+            stack.enter_context(mock.patch.object(group, knob, True))
+        yield
 
 
 def measure(module: str) -> dict:
@@ -158,28 +139,42 @@ def measure(module: str) -> dict:
 
 
 def report(module: str) -> dict:
-    """Versions and resources of every case: `module.cases()` yields (name, archs, call) triples.
+    """Versions and resources of every case, and a digest: `module.cases()` yields (name, archs, call) triples.
 
     A key is ``<case> <kernel> sm_<arch>``, so that a case may launch several kernels.
     """
-    return {
-        "versions": {"triton": version_of("triton"), "ptxas": _ptxas_version()},
-        "kernels": dict(_measured(importlib.import_module(module).cases())),
-    }
+    kernels = _measured(importlib.import_module(module).cases())
+    return {"versions": _versions(), "digest": digest(module, kernels), "kernels": kernels}
 
 
-def _measured(cases) -> Iterator[tuple[str, dict]]:
+def digest(module: str, kernels: dict) -> str:
+    """sha256 over a budget's entries and the source they follow from; comments and docstrings do not count."""
+    folder = Path(__file__).parents[2]
+    files = import_closure(folder, "p2k", [f"import {module}, {__spec__.name}"])
+    sources = {path.relative_to(folder).as_posix(): canonical(path.read_text(encoding="utf-8")) for path in files}
+    return hashlib.sha256(json.dumps([kernels, sources], sort_keys=True).encode()).hexdigest()
+
+
+def is_current(module: str, recorded: dict) -> bool:
+    """Whether `report(module)` would say what is recorded: same code, same compilers, entries as they were written.
+
+    A compiler gives the same program for the same source, so a budget that is current holds.
+    """
+    return recorded["versions"] == _versions() and recorded.get("digest") == digest(module, recorded["kernels"])
+
+
+def _measured(cases) -> dict[str, dict]:
+    programs = {}
     for name, archs, call in cases:
         for launch in recorded_launches(call):
             for arch in archs:
-                key = f"{name} {launch.function.__name__} sm_{arch}"
-                yield key, dataclasses.asdict(compile_launch(launch, arch))
+                programs[f"{name} {launch.function.__name__} sm_{arch}"] = compile_launch(launch, arch)
+    return dict(zip(programs, map(dataclasses.asdict, inspect(list(programs.values()))), strict=True))
 
 
-def _ptxas_version() -> str:
-    triton = require("triton", extra="gpu", purpose="a compile check")
-    text = _output(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas", "--version")
-    return re.search(r"release (\S+),", text).group(1)
+def _versions() -> dict[str, str]:
+    ptxas = re.search(r"release (\S+),", run_tool("ptxas", "--version")).group(1)
+    return {"triton": version_of("triton"), "ptxas": ptxas}
 
 
 def over_budget(measured: dict, budget: dict) -> list[str]:

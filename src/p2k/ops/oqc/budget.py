@@ -26,7 +26,7 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
     for name, widths in WIDTHS.items():
         for width in widths:
-            archs = (80, 90, 100) if (name, width) == ("bf16", 512) else (90,) if name == "fp16" else (80, 90)
+            archs = (80, 90, 100) if (name, width) == ("bf16", 512) else (80, 90)
             yield f"inject {name} {width}", archs, _inject(width, DTYPES[name])
             if width in RANKS:
                 yield f"rank {name} {width}", archs, _rank(width, DTYPES[name])

@@ -25,7 +25,7 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Callable]]:
     """Name, compute capabilities and launch of every case, on tensors without data."""
     for name, sizes in CLASSES.items():
         for classes in sizes:
-            archs = (80, 90, 100) if (name, classes) == ("bf16", 50257) else (90,) if name == "fp16" else (80, 90)
+            archs = (80, 90, 100) if (name, classes) == ("bf16", 50257) else (80, 90)
             yield f"{name} {classes}", archs, _rows(classes, DTYPES[name])
 
 
