@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from p2k.core.interpreter import quick_calls
+
 _serial = itertools.count()
 
 
@@ -75,8 +77,9 @@ def survivors(module: ModuleType, mutants: Iterable[Mutant], probe: Callable[[Mo
     if probe(module):
         raise ValueError(f"the probe rejects {module.__name__} itself, so it cannot judge mutants of it")
     alive = []
-    for mutant in mutants:
-        with mutated(module, mutant) as broken:
-            if not probe(broken):
-                alive.append(mutant)
+    with quick_calls():
+        for mutant in mutants:
+            with mutated(module, mutant) as broken:
+                if not probe(broken):
+                    alive.append(mutant)
     return alive
