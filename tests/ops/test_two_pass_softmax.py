@@ -199,7 +199,7 @@ PLANTED = [
     ("+ 127) << 23", "+ 126) << 23", "powers of two halved"),
     ("0x1.555A80p-3f", "0x1.555A80p-4f", "wrong cubic coefficient"),
     ("for (; i < n; ++i) add(total, exponential(x[i]));", "", "tail lost"),
-    ("k < -127.0f ? -127.0f : k", "k", "exponent field wraps around"),
+    ("k >= -127.0f ? k : -127.0f", "k", "exponent field wraps around"),
     ("term.exponent - total.exponent", "total.exponent - total.exponent", "exponent lost in the second pass"),
     ("sum.mantissa * power_of_two(sum.exponent - top)", "sum.mantissa", "old sum not rescaled"),
 ]

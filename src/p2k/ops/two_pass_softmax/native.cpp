@@ -35,9 +35,10 @@ inline Pair exponential(float x) {
   return {x < LOWEST ? 0.0f : p, x < LOWEST ? ZERO_EXPONENT : n};
 }
 
-// 2^k for an integer-valued k <= 0, written into the exponent field; results below the normal range are zero.
+// 2^k for an integer-valued k <= 0, written into the exponent field; results below the normal range are zero, and so
+// is that of NaN, whose mantissa is NaN too.
 inline float power_of_two(float k) {
-  const float bounded = k < -127.0f ? -127.0f : k;
+  const float bounded = k >= -127.0f ? k : -127.0f;
   const std::int32_t bits = (static_cast<std::int32_t>(bounded) + 127) << 23;
   float result;
   std::memcpy(&result, &bits, sizeof result);

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from p2k.core.device import device_name
 from p2k.core.errors import BackendUnavailable
 
 PROGRAMS = ("two_pass", "three_pass_recompute", "three_pass_reload")
@@ -38,8 +39,9 @@ def _library() -> ctypes.CDLL:
         raise BackendUnavailable(f"two_pass_softmax: backend='native' cannot run: {reason}")
     from torch.utils import cpp_extension
 
-    # The name carries the source, so that an edited one is never served from an earlier build.
-    name = f"p2k_two_pass_softmax_{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}"
+    # The name carries all that a build hangs on: an edited source, or a home folder that machines share, builds anew.
+    made_from = SOURCE.read_bytes() + " ".join([*FLAGS, device_name("cpu")]).encode()
+    name = f"p2k_two_pass_softmax_{hashlib.sha256(made_from).hexdigest()[:12]}"
     try:
         cpp_extension.load(name, [str(SOURCE)], extra_cflags=FLAGS, is_python_module=False)
     except (RuntimeError, OSError) as error:
