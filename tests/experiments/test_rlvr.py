@@ -12,7 +12,7 @@ from p2k.experiments import rlvr
 from p2k.experiments.records import read_records, write_record
 from p2k.experiments.rlvr import RLVRConfig, guard, train_policy, warm_start
 from p2k.experiments.rlvr_arms import ARMS, MAP_ARMS, guarded, guarded_by_group
-from p2k.experiments.rlvr_sweep import compare_arms, to_records, tune
+from p2k.experiments.rlvr_sweep import compare_arms, to_records, tune, warm_starts
 from p2k.experiments.rollout import accuracy, sample_rollout
 from p2k.losses.registry import POLICY_LOSSES
 from p2k.models.generation import completion_logps
@@ -241,6 +241,25 @@ def test_comparison_is_fair_and_recorded(data, tmp_path):
         compare_arms(arms, data, config, seeds=(7,), tuning=tuning, tuning_seeds=(7,))
     with pytest.raises(ValueError, match="same grid"):
         compare_arms([*arms, ARMS["rloo"]], data, config, seeds=(0,), tuning=tuning, tuning_seeds=(7,))
+
+
+def test_shared_starts_change_nothing_and_stay_as_they_are(data):
+    arms, config = [ARMS["grpo"]], replace(CONFIG, rollouts=1, warm_steps=30)
+    starts = warm_starts(data, config, (0, 1, 7))
+    before = {seed: deepcopy(start.state_dict()) for seed, start in starts.items()}
+    options = {"seeds": (0, 1), "tuning_seeds": (7,)}
+    tuning = [
+        tune(arms, data, config, learning_rates=(1e-3, 1e-2), seeds=(7,), starts=given) for given in (None, starts)
+    ]
+    assert tuning[0] == tuning[1]
+    alone, shared = (
+        compare_arms(arms, data, config, tuning=tuning[0], starts=given, **options) for given in (None, starts)
+    )
+    for one, other in zip(alone.results["grpo"], shared.results["grpo"], strict=True):
+        assert same(one.state, other.state)
+    assert all(same(before[seed], start.state_dict()) for seed, start in starts.items())
+    with pytest.raises(ValueError, match=r"none for \[2\]"):
+        compare_arms(arms, data, config, tuning=tuning[0], starts=starts, seeds=(0, 2), tuning_seeds=(7,))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Fair comparisons of policy losses: one grid of learning rates for all, chosen on seeds that are not reported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -36,6 +36,11 @@ class Comparison:
         return {name: [_read(result, metric) for result in results] for name, results in self.results.items()}
 
 
+def warm_starts(data: ArithmeticData, config: RLVRConfig, seeds: Iterable[int]) -> dict[int, GPT]:
+    """The start of every seed. It hangs on the task and on `preset` and the `warm_` settings of `config` alone."""
+    return {seed: warm_start(data, replace(config, seed=seed)) for seed in seeds}
+
+
 def run_arm(
     arm: Arm, data: ArithmeticData, config: RLVRConfig, starts: Mapping[int, GPT], learning_rate: float
 ) -> list[RLVRResult]:
@@ -54,6 +59,7 @@ def tune(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     metric: str = "pass@1",
+    starts: Mapping[int, GPT] | None = None,
     progress: bool = False,
 ) -> dict[str, dict[float, float]]:
     """Mean score of every arm at every learning rate; every arm gets every rate and every seed.
@@ -66,9 +72,13 @@ def tune(
         seeds: used here only.
         metric: see `Comparison.values`; the default is measured on training problems with fresh samples, because a
             rollout's own reward is biased where groups are resampled.
+        starts: from `warm_starts`, to share them between studies; None makes those of `seeds`.
         progress: show a bar.
+
+    Raises:
+        ValueError: a seed has no start.
     """
-    starts = {seed: warm_start(data, replace(config, seed=seed)) for seed in seeds}
+    starts = _of_seeds(starts, seeds) or warm_starts(data, config, seeds)
     scores: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
     for arm in tqdm(arms, disable=not progress, desc="tuning"):
         for rate in learning_rates:
@@ -85,6 +95,7 @@ def compare_arms(
     seeds: Sequence[int],
     tuning: Mapping[str, Mapping[float, float]],
     tuning_seeds: Sequence[int],
+    starts: Mapping[int, GPT] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run every arm at its best learning rate on fresh seeds; arms of a seed share its warm start.
@@ -96,10 +107,11 @@ def compare_arms(
         seeds: reported.
         tuning: from `tune`, the same rates for every arm.
         tuning_seeds: those `tune` was given.
+        starts: from `warm_starts`, to share them between studies; None makes those of `seeds`.
         progress: show a bar.
 
     Raises:
-        ValueError: seeds overlap, an arm was not tuned, or the arms had different grids.
+        ValueError: seeds overlap, an arm was not tuned, the arms had different grids, or a seed has no start.
     """
     if set(seeds) & set(tuning_seeds):
         raise ValueError(f"compare_arms: tuning seeds must not be reported: {sorted(set(seeds) & set(tuning_seeds))}")
@@ -107,10 +119,16 @@ def compare_arms(
     if missing or len({tuple(sorted(tuning[arm.name])) for arm in arms}) != 1:
         raise ValueError(f"compare_arms: every arm needs the same grid of learning rates; not tuned: {missing}")
     chosen = {arm.name: max(tuning[arm.name], key=tuning[arm.name].get) for arm in arms}
-    starts = {seed: warm_start(data, replace(config, seed=seed)) for seed in seeds}
+    starts = _of_seeds(starts, seeds) or warm_starts(data, config, seeds)
     bar = tqdm(arms, disable=not progress, desc="arms")
     results = {arm.name: run_arm(arm, data, config, starts, chosen[arm.name]) for arm in bar}
     return Comparison(chosen, {arm.name: tuning[arm.name] for arm in arms}, results, tuple(seeds))
+
+
+def _of_seeds(starts: Mapping[int, GPT] | None, seeds: Sequence[int]) -> dict[int, GPT]:
+    if starts is not None and (missing := set(seeds) - set(starts)):
+        raise ValueError(f"starts: one for every seed is needed, none for {sorted(missing)}")
+    return {} if starts is None else {seed: starts[seed] for seed in seeds}
 
 
 def to_records(
