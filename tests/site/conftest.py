@@ -33,11 +33,9 @@ def toc_pages() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`toc_page` runs over every page, `chapter_page` over the notebooks."""
+    """`toc_page` runs over every page."""
     if "toc_page" in metafunc.fixturenames:
         metafunc.parametrize("toc_page", toc_pages())
-    if "chapter_page" in metafunc.fixturenames:
-        metafunc.parametrize("chapter_page", [page for page in toc_pages() if page.startswith("notebooks/")])
 
 
 def find_chromium() -> str:

@@ -38,7 +38,16 @@ SIDEWAYS = """() => document.documentElement.scrollWidth <= innerWidth ? [] :
   [...document.querySelectorAll("body *")].filter((node) => node.getBoundingClientRect().right > innerWidth + 1)
     .slice(0, 5).map((node) => `${node.tagName}.${node.className}: ${node.textContent.trim().slice(0, 60)}`)
     .concat(`page is ${document.documentElement.scrollWidth} wide`)"""
-
+# Punctuation that begins a line after the formula it belongs to.
+PARTED = """() => [...document.querySelectorAll("span.math")].filter((node) => {
+    const next = node.nextSibling;
+    if (next?.nodeType !== Node.TEXT_NODE || !/^[.,;:!?)]/.test(next.data)) return false;
+    const range = document.createRange();
+    range.setStart(next, 0);
+    range.setEnd(next, 1);
+    const mark = range.getClientRects()[0];
+    return mark && mark.left < node.getBoundingClientRect().left && mark.top > node.getBoundingClientRect().top;
+  }).map((node) => node.parentElement.textContent.slice(0, 60))"""
 # An equation that is wider than its column scrolls, and on a desktop its number hides what it cuts off.
 CUT_OFF = """() => [...document.querySelectorAll("div.math")].filter((node) => {
     const right = [...node.querySelectorAll("mjx-container > *")].map((part) => part.getBoundingClientRect().right);
@@ -148,6 +157,7 @@ def broken(page: Page) -> list[str]:
     for width in (WIDE, NARROW):
         change_view(page, width, "light")
         found += [f"{width}: sideways scroll: {item}" for item in page.evaluate(SIDEWAYS)]
+        found += [f"{width}: punctuation parted from a formula: {item}" for item in page.evaluate(PARTED)]
     return found
 
 
@@ -185,6 +195,14 @@ def test_one_text_of_each_place_is_enough_to_see_faint_ones(visit: Visit, faint:
     assert "color-contrast" in str(axe_findings(page))
 
 
+def test_punctuation_that_is_parted_from_its_formula_is_seen(visit: Visit) -> None:
+    page = show(visit, "notebooks/oqc", NARROW)
+    page.evaluate(TYPESET)
+    assert not page.evaluate(PARTED)
+    page.add_style_tag(content=".p2k-together { white-space: normal }")
+    assert page.evaluate(PARTED)
+
+
 def test_catalogue_is_a_plain_table_without_scripts(browser: object, address: str) -> None:
     context = browser.new_context(base_url=address, java_script_enabled=False)
     page = context.new_page()
@@ -214,10 +232,10 @@ def test_catalogue_filters_by_words_part_kind_and_status(visit: Visit) -> None:
     assert not visit.problems
 
 
-def test_interactive_figure_moves_without_a_kernel(visit: Visit, chapter_page: str) -> None:
-    page = show(visit, chapter_page, NARROW, "dark")
+def test_page_opens_on_a_phone_in_the_dark_and_its_figures_move_without_a_kernel(visit: Visit, toc_page: str) -> None:
+    page = show(visit, toc_page, NARROW, "dark")
     sliders = page.locator("input[type=range]")
-    if chapter_page.removeprefix("notebooks/") in CORE:
+    if toc_page.removeprefix("notebooks/") in CORE:
         assert sliders.count() > 0, "a core chapter has one interactive figure"
     state = """input => { const box = input.closest(".cell_output").cloneNode(true);
                           box.querySelectorAll("input").forEach((node) => node.remove()); return box.innerHTML; }"""
