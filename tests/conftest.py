@@ -47,7 +47,13 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Keep a file on one process, for what its tests share; notebooks share nothing and are the longest tests."""
+    """Long work first: what needs the built site, together, then the notebooks, one by one.
+
+    A file stays on one process, for what its tests share. Two processes that both need the site would wait for one
+    build; notebooks share nothing.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("site") is None, item.path.parent.name != "notebooks"))
     for item in items:
         alone = item.path.parent.name == "notebooks" and hasattr(item, "callspec")
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else item.location[0]))
+        together = "site" if item.get_closest_marker("site") else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else together))
