@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from p2k.book.catalogue import load_catalogue
 from p2k.book.check import check_book, check_chapter
 from p2k.book.runner import run_chapter
+from p2k.ops.oqc.mutants import MUTANTS
 
 ROOT = Path(__file__).parents[2]
 CATALOGUE = load_catalogue(ROOT)
@@ -26,6 +28,11 @@ def test_smoke(slug, tmp_path):
 @pytest.mark.parametrize("slug", CHAPTERS)
 def test_the_stored_chapter_is_complete_and_fresh(slug):
     assert check_chapter(ROOT, slug) == []
+
+
+def test_the_stored_chapter_of_oqc_plants_every_bug():
+    profiles = yaml.safe_load((ROOT / "book" / "profiles.yml").read_text(encoding="utf-8"))
+    assert profiles["oqc"]["cpu"]["planted"] == len(MUTANTS)
 
 
 def test_nothing_in_the_book_is_without_an_owner():

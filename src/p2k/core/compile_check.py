@@ -150,6 +150,7 @@ def report(module: str) -> dict:
 def digest(module: str, kernels: dict) -> str:
     """sha256 over a budget's entries and the source they follow from; comments and docstrings do not count."""
     folder = Path(__file__).parents[2]
+    # Run as a script, this module is called __main__; its spec keeps the name.
     files = import_closure(folder, "p2k", [f"import {module}, {__spec__.name}"])
     sources = {path.relative_to(folder).as_posix(): canonical(path.read_text(encoding="utf-8")) for path in files}
     return hashlib.sha256(json.dumps([kernels, sources], sort_keys=True).encode()).hexdigest()
