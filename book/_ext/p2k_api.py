@@ -1,6 +1,7 @@
 """The package reference: one page per floor, written from the package at build time and linked to the chapters."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -11,10 +12,6 @@ from sphinx.application import Sphinx
 INTERNAL = {"kernel", "registration", "__main__"}
 # In the order in which a method is built.
 FLOORS = ("ops", "linalg", "nn", "losses", "optim", "models", "data", "experiments", "core", "book")
-
-
-# The theme's navigation by depth and arguments.
-_navigation: dict = {}
 
 
 def public_modules(root: Path, floor: str) -> list[tuple[str, Path]]:
@@ -32,8 +29,14 @@ def public_modules(root: Path, floor: str) -> list[tuple[str, Path]]:
 
 def public_definitions(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
     """Return the documented public functions and classes that a file defines at its top level."""
-    body = ast.parse(path.read_text(encoding="utf8")).body
+    return _documented(path.read_text(encoding="utf8"))
+
+
+# Every chapter's card asks for all files of the package.
+@functools.cache
+def _documented(source: str) -> list[ast.FunctionDef | ast.ClassDef]:
     kinds = (ast.FunctionDef, ast.ClassDef)
+    body = ast.parse(source).body
     return [item for item in body if isinstance(item, kinds) and item.name[0] != "_" and ast.get_docstring(item)]
 
 
@@ -101,24 +104,8 @@ def _link_source(text: str, pages: set[str]) -> str:
     return "".join(parts)
 
 
-def share_navigation(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: object) -> None:
-    """Draw the navigation beside source code once per depth of folder: no such page is part of it, and it is slow."""
-    if pagename.startswith("_modules/"):
-        depth, draw = pagename.count("/"), context["generate_toctree_html"]
-
-        def drawn(*arguments: object, **options: object) -> object:
-            key = depth, arguments, tuple(sorted(options.items()))
-            if key not in _navigation:
-                _navigation[key] = draw(*arguments, **options)
-            return _navigation[key]
-
-        context["generate_toctree_html"] = drawn
-
-
 def setup(app: Sphinx) -> dict:
     """Register the hooks; docstring links come after napoleon, which has priority 500."""
     app.connect("source-read", write_reference)
     app.connect("autodoc-process-docstring", link_docstring, priority=600)
-    # After the theme, which provides the function that draws.
-    app.connect("html-page-context", share_navigation, priority=900)
     return {"version": "1", "parallel_read_safe": False}
