@@ -11,7 +11,8 @@ from p2k.experiments.stacked import train_stacked
 
 @pytest.fixture(scope="module")
 def regimes():
-    return study.compare_regimes(under=2, over=4, adapt=1, seeds=range(2), progress=False)
+    shift = study.make_shift(source=96, target=64)
+    return study.compare_regimes(under=2, over=4, adapt=1, seeds=range(2), shift=shift, progress=False)
 
 
 def test_every_arm_and_seed_has_its_number(regimes):
