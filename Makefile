@@ -33,10 +33,10 @@ book: $(STAMP)
 	$(BIN)/p2k build
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-all: $(STAMP)
-	P2K_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	P2K_ALL=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # The records go where the page of benchmarks finds them. The tests do not skip what needs a GPU where there is one.
 OUT ?= book/results/benchmarks/cuda

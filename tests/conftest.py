@@ -50,13 +50,23 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Long work first: what needs the built site, together, then the notebooks, one by one.
+    """Long work first: what needs the built site, then the notebooks."""
+    first = {"site": 0, "notebooks": 1}
+    items.sort(key=lambda item: first.get(item.path.parent.name, 2))
 
-    A file stays on one process, for what its tests share. Two processes that both need the site would wait for one
-    build; notebooks share nothing.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file on one process, for what its tests share, and the tests of the site together.
+
+    Two processes that both need the site would wait for one build. Notebooks share nothing and go one by one.
     """
-    items.sort(key=lambda item: (item.get_closest_marker("site") is None, item.path.parent.name != "notebooks"))
-    for item in items:
-        alone = item.path.parent.name == "notebooks" and hasattr(item, "callspec")
-        together = "site" if item.get_closest_marker("site") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else together))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0])
+            alone = file.parent.name == "notebooks" and "[" in nodeid
+            return nodeid if alone else "site" if file.parent.name == "site" else str(file)
+
+    return ByFile(config, log)

@@ -19,8 +19,9 @@ HTML = ROOT / "_build" / "html"
 INPUTS = ["_config.yml", "_toc.yml", "book", "notebooks", "src"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-# No name has an address. Refusing requests one by one in a test would switch the browser's cache off.
-FLAGS += ["--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"]
+# Whatever is not on this machine is asked of a proxy that is not there. Refusing requests one by one in a test would
+# switch the browser's cache off.
+FLAGS += ["--proxy-server=http://127.0.0.1:9"]
 NO_CHROMIUM = (
     "The site tests need Chromium, and none is on the PATH. Debian and Ubuntu: `sudo apt-get install chromium`; "
     "macOS: `brew install --cask chromium`; anywhere: `.venv/bin/playwright install chromium` and put its folder on "

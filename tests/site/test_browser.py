@@ -209,6 +209,16 @@ def serious(page: Page, rules: dict) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("outside", ["https://example.org/x.png", "http://192.0.2.1/x.png"])
+def test_what_a_page_asks_of_another_machine_is_seen_and_fails(visit: Visit, outside: str) -> None:
+    page = show(visit, "book/contributing")
+    load = """url => new Promise((done) => { const image = new Image(); image.src = url;
+                                              image.onload = image.onerror = (event) => done(event.type); })"""
+    assert page.evaluate(load, outside) == "error"
+    assert f"external request: {outside}" in visit.problems
+    assert f"failed: {outside}" in visit.problems
+
+
 @pytest.mark.parametrize(("width", "mode"), [(WIDE, "light"), (NARROW, "dark")])
 @pytest.mark.parametrize(
     ("name", "faint"),

@@ -1,4 +1,4 @@
-"""The hook in conftest.py that notes what each test file costs."""
+"""The hooks in conftest.py: what each test file costs, and which process runs it."""
 
 import json
 import os
@@ -52,3 +52,16 @@ def test_a_whole_run_notes_the_seconds_of_each_file(suite, options):
 @pytest.mark.parametrize("options", [("tests/test_fast.py",), ("-k", "fast")])
 def test_part_of_a_run_notes_nothing(suite, options):
     assert not suite(*options).exists()
+
+
+def test_a_file_stays_on_one_process_and_notebooks_are_spread(suite, tmp_path):
+    many = "import pytest\n@pytest.mark.parametrize('slug', range(8))\ndef test_it(slug, worker_id):\n"
+    many += "    with open('workers', 'a') as file:\n        print(__name__, worker_id, file=file)\n"
+    (tmp_path / "tests" / "notebooks").mkdir()
+    for name in ("test_many.py", "test_more.py", "notebooks/test_each.py"):
+        (tmp_path / "tests" / name).write_text(many)
+    suite("-n", "2", "--dist", "loadscope", "--no-loadscope-reorder")
+    found = [line.split() for line in (tmp_path / "workers").read_text().splitlines()]
+    workers = {file: {worker for name, worker in found if name == file} for file, _ in found}
+    assert len(found) == 24
+    assert {file: len(names) for file, names in workers.items()} == {"test_many": 1, "test_more": 1, "test_each": 2}
