@@ -17,6 +17,7 @@ EXTRAS = {
     "fixed": lambda d, m, r: 2 * d * r + m * r + r,
     "oqc": lambda d, m, r: 2 * d * r + m * r + r,
     "oqc-wide": lambda d, m, r: 2 * d * m,
+    "oqc-output": lambda d, m, r: 2 * d * r + d * r + r,
     "oqc-lr": lambda d, m, r: 2 * d * r + 2 * m * r + r,
     "oqc-lr-tied": lambda d, m, r: 2 * d * r + m * r + r,
     "oqc-static": lambda d, m, r: 2 * d * r + m * r + r + 1,

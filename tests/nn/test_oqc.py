@@ -26,6 +26,10 @@ def build(name, seed=0, **options):
     return build_feed_forward(name, DIM, HIDDEN, rank=RANK, grid=GRID, **options)
 
 
+def main_width(name):
+    return DIM if name.endswith("oqc-output") else HIDDEN
+
+
 def tokens(*batch, seed=0, dtype=torch.float32):
     return torch.randn(*batch, 12, DIM, generator=generator(seed), dtype=torch.float64).to(dtype)
 
@@ -37,7 +41,7 @@ def test_interface_and_gradient_flow(name):
     y = module(x)
     assert y.shape == x.shape
     assert torch.equal(y, module.down(module.hidden(x)))
-    assert (module.dim, module.hidden_features) == (DIM, HIDDEN)
+    assert (module.dim, module.hidden_features) == (DIM, main_width(name))
     y.square().sum().backward()
     for part in [x, *module.parameters()]:
         assert part.grad.isfinite().all()
@@ -57,20 +61,33 @@ def test_agrees_with_float64(name):
 def test_branches_add_up_and_keep_no_graph(name):
     module = build(name)
     main, aux, injected = module.branches(tokens(2))
-    assert main.shape == aux.shape == injected.shape == (2, 12, HIDDEN)
+    assert main.shape == aux.shape == injected.shape == (2, 12, main_width(name))
     assert not any(part.requires_grad for part in (main, aux, injected))
     torch.testing.assert_close(main + injected, module.hidden(tokens(2)).detach())
     assert torch.equal(main, module.host.hidden(tokens(2)))
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("variant", ["oqc", "oqc-wide", "oqc-static", "oqc-dynamic"])
+@pytest.mark.parametrize("variant", ["oqc", "oqc-output", "oqc-wide", "oqc-static", "oqc-dynamic"])
 def test_injected_part_is_orthogonal_to_main(host, variant):
     module = build(f"{host}+{variant}")
     module.injection.eps = 0.0
     main, aux, injected = module.branches(tokens(8))
     assert cosine_overlap(injected, main).max() < ORTHOGONAL
     assert cosine_overlap(aux, main).mean() > 0.02
+
+
+def test_output_space_projects_off_the_output_of_the_host():
+    """The complement joins after the output map; there the output map would tilt a complement of the hidden vector."""
+    module, x = build("glu+oqc-output"), tokens(8)
+    host, z = module.host.host, module.auxiliary(x)
+    y = host(x)
+    along = (z * y).sum(-1, keepdim=True) / (y.square().sum(-1, keepdim=True) + module.injection.eps)
+    torch.testing.assert_close(module(x), y + z - along * y)
+    full = build("glu+oqc")
+    main, _, injected = full.branches(x)
+    lowered = [part @ full.down.weight.mT for part in (main, injected)]
+    assert cosine_overlap(*lowered).mean() > 1e3 * ORTHOGONAL
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -132,7 +149,9 @@ def test_tied_lift_is_orthogonal_in_float32_with_the_default_stabiliser(name):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize("variant", ["oqc", "oqc-static", "oqc-dynamic", "oqc-lr", "oqc-lr-tied", "oqc-wide"])
+@pytest.mark.parametrize(
+    "variant", ["oqc", "oqc-output", "oqc-static", "oqc-dynamic", "oqc-lr", "oqc-lr-tied", "oqc-wide"]
+)
 def test_zero_branch_leaves_the_host_bit_for_bit(host, variant):
     module = build(f"{host}+{variant}")
     for name, parameter in module.named_parameters():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from p2k.nn.ffn import GELUFeedForward
 from p2k.nn.injection import Branches, ScalarGate
 
-__all__ = ["AuxiliaryFeedForward", "HostedFeedForward", "SquaresFeedForward"]
+__all__ = ["AuxiliaryFeedForward", "HostedFeedForward", "OutputAsMain", "SquaresFeedForward"]
 
 
 class HostedFeedForward(nn.Module):
@@ -29,7 +29,7 @@ class HostedFeedForward(nn.Module):
         self.dim, self.hidden_features = host.dim, host.hidden_features
 
     @property
-    def down(self) -> nn.Linear:
+    def down(self) -> nn.Module:
         """The host's output map."""
         return self.host.down
 
@@ -84,6 +84,34 @@ class AuxiliaryFeedForward(HostedFeedForward):
         """Main, auxiliary and injected vectors, without gradients."""
         main, aux = self.pair(x)
         return Branches(main, aux, self.injection.injected(main, aux, self.factor(x, main)))
+
+
+class OutputAsMain(nn.Module):
+    """A host whose main vector is its output, ``dim`` wide: what a block around it adds joins after the output map.
+
+    Args:
+        host: feed-forward host; it keeps its parameters and their names below ``host``.
+
+    Source: wang2026oqc, eq:oqc-inject; the other reading of its main vector.
+    Chapter: oqc
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.host, self.down = host, nn.Identity()
+        self.dim = self.hidden_features = host.dim
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters again."""
+        self.host.reset_parameters()
+
+    def hidden(self, x: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
+        """The host's output."""
+        return self.host(x)
+
+    def forward(self, x: Float[Tensor, "*batch tokens dim"]) -> Float[Tensor, "*batch tokens dim"]:
+        """Map each token as the host does."""
+        return self.host(x)
 
 
 class SquaresFeedForward(AuxiliaryFeedForward):

@@ -1,7 +1,7 @@
 """Orthogonal quadratic complements as feed-forward blocks, and the table of all arms by name.
 
 The main vector is the host's hidden vector and the full variant has the low-rank branch of `LowRankQuadratic`; what is
-public of the paper's text leaves both open.
+public of the paper's text leaves both open, and `oqc-output` and `oqc-wide` are the other readings.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from p2k.core.seeding import generator
 from p2k.linalg.projection import project_off
 from p2k.nn.afbo import AFBOFeedForward
 from p2k.nn.ffn import GELUFeedForward, GLUFeedForward
-from p2k.nn.hosted import AuxiliaryFeedForward, HostedFeedForward, SquaresFeedForward
+from p2k.nn.hosted import AuxiliaryFeedForward, HostedFeedForward, OutputAsMain, SquaresFeedForward
 from p2k.nn.injection import Branches, DynamicGate, PlainAdd, ProjectOffDirection, ProjectOffMain, StaticGate
 from p2k.nn.quadratic import LowRankQuadratic, QuadraticFeatures, WideQuadratic
 from p2k.nn.rank_space import TiedRankSpace, UntiedRankSpace
@@ -157,6 +157,10 @@ def _full(gate: Callable[..., nn.Module] | None, host, rank, backend, factory) -
     return OQCFeedForward(host, rank, gate and gate(host.dim, **factory), backend=backend, **factory)
 
 
+def _output(host, rank, backend, factory) -> nn.Module:
+    return OQCFeedForward(OutputAsMain(host), rank, backend=backend, **factory)
+
+
 def _low_rank(space: Callable[..., nn.Module], host, rank, backend, factory) -> nn.Module:
     return OQCLowRankFeedForward(host, rank, space=space, backend=backend, **factory)
 
@@ -195,6 +199,7 @@ _RANKED = {
     "oqc": partial(_full, None),
     "oqc-static": partial(_full, _static),
     "oqc-dynamic": partial(_full, DynamicGate),
+    "oqc-output": _output,
     "oqc-lr": partial(_low_rank, UntiedRankSpace),
     "oqc-lr-tied": partial(_low_rank, TiedRankSpace),
 }
