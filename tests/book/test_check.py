@@ -97,7 +97,7 @@ def test_each_rule_can_fail(complete, change, message):
 
 
 def test_a_slow_run_and_another_profile_are_named(complete):
-    assert complete(seconds=121.0) == ["chapter tiny took 121 s, expected at most 120"]
+    assert complete(seconds=91.0) == ["chapter tiny took 91 s, expected at most 90"]
     assert complete(profile="smoke")[-1] == "chapter tiny has no stored run of the cpu profile: p2k run tiny"
 
 

@@ -107,6 +107,8 @@ def kernel_environment(root: Path, folder: Path, *, device: str = "cpu", network
     startup.mkdir(parents=True)
     if not network:
         shutil.copy(files("p2k.book") / "templates" / "no_network.py.txt", startup / "00-no-network.py")
+    # Looking through all of torch's objects after every few hundred new ones takes a tenth of a run.
+    (startup / "01-garbage.py").write_text("import gc\ngc.set_threshold(100_000, 20, 100)\ndel gc\n")
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH")]))
     fixed = {"OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "0", "MPLBACKEND": "inline", "P2K_ROOT": str(root)}
     interpret = {"TRITON_INTERPRET": "1" if device == "cpu" else "0"}
