@@ -68,6 +68,22 @@ def test_a_new_record_makes_the_page_that_draws_it_stale(root, notebook_path, st
     assert changed_parts(root, "tiny") == ["book/results/tiny/a.json"]
 
 
+def test_a_benchmark_of_the_op_counts_where_the_code_names_the_folder(root, notebook_path, stamped):
+    folder = root / "book" / "results" / "benchmarks" / "cpu"
+    folder.mkdir(parents=True)
+    stamped(LABELS)
+    (folder / "tiny-columns4.json").write_text("{}")
+    assert changed_parts(root, "tiny") == []
+    notebook = read_notebook(root, "tiny")
+    notebook.cells[3].source += '\nfolder = "benchmarks"'
+    nbformat.write(notebook, notebook_path)
+    stamped(LABELS)
+    assert changed_parts(root, "tiny") == []
+    (folder / "tiny.part-columns4.json").write_text("{}")
+    (folder / "tiny_bits-columns4.json").write_text("{}")
+    assert changed_parts(root, "tiny") == ["book/results/benchmarks/cpu/tiny.part-columns4.json"]
+
+
 def test_a_hand_edited_output_is_detected(root, notebook_path, stamped):
     stamped(LABELS)
     notebook = read_notebook(root, "tiny")

@@ -56,7 +56,8 @@ def digest_of(value: Any) -> str:
 def chapter_parts(root: Path, slug: str, profile: str, notebook: NotebookNode | None = None) -> dict[str, str]:
     """Hash each input: code cells, outputs, imported p2k modules, profile parameters and recorded results.
 
-    A data set counts through the module that loads it, because its checksum is a constant there.
+    Benchmarks of the chapter's op count where its code names their folder. A data set counts through the module that
+    loads it, because its checksum is a constant there.
     """
     cells = code_cells(notebook or read_notebook(root, slug))
     profiles = yaml.safe_load((root / "book" / "profiles.yml").read_text(encoding="utf-8")) or {}
@@ -67,7 +68,11 @@ def chapter_parts(root: Path, slug: str, profile: str, notebook: NotebookNode | 
     }
     modules = import_closure(root / "src", "p2k", [cell.source for cell in cells])
     parts |= {path: canonical(path.read_text(encoding="utf-8")) for path in modules}
-    parts |= {path: path.read_text(encoding="utf-8") for path in (root / "book" / "results" / slug).glob("*.json")}
+    results = root / "book" / "results"
+    recorded = [*(results / slug).glob("*.json")]
+    if any('"benchmarks"' in cell.source for cell in cells):
+        recorded += (results / "benchmarks").glob(f"*/{slug.replace('-', '_')}[-.]*.json")
+    parts |= {path: path.read_text(encoding="utf-8") for path in recorded}
     named = {p.relative_to(root).as_posix() if isinstance(p, Path) else p: value for p, value in parts.items()}
     return {name: digest_of(named[name])[:16] for name in sorted(named)}
 
